@@ -1,0 +1,53 @@
+"""The key/value cache of generation, owned by whoever generates."""
+
+import torch
+
+
+class KVCache:
+    """Keys and values of every layer, one row per sequence; rows may have different lengths.
+
+    Right-padded prompts are allowed: `truncate` to the true lengths after the first pass, and the next tokens overwrite
+    the padding, which no query has been able to see.
+    """
+
+    def __init__(self, n_layer: int, batch: int, capacity: int):
+        self.capacity = capacity
+        self.lengths = [0] * batch  # tokens stored per row
+        self._stores: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * n_layer  # k, v (B, G, capacity, D)
+
+    def positions(self, n_new: int) -> torch.Tensor:
+        """Positions (B, n_new) of the tokens that come next."""
+        return torch.tensor(self.lengths)[:, None] + torch.arange(n_new)
+
+    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the new k and v (B, G, T, D) of a layer; returns all that is stored, (B, G, S, D)."""
+        batch, groups, n_new, size = k.shape
+        store = self._stores[layer]
+        if store is None:
+            store = self._stores[layer] = (
+                k.new_zeros(batch, groups, self.capacity, size),
+                v.new_zeros(batch, groups, self.capacity, v.shape[-1]),
+            )
+        start, end = min(self.lengths), max(self.lengths) + n_new
+        assert end <= self.capacity, f"{end} tokens do not fit a cache made for {self.capacity}"
+        if start + n_new == end:  # all rows are equally long: a plain slice
+            for old, new in zip(store, (k, v), strict=True):
+                old[:, :, start:end] = new
+        else:
+            at = self.positions(n_new).to(k.device)[:, None, :, None]
+            for old, new in zip(store, (k, v), strict=True):
+                old.scatter_(2, at.expand_as(new), new)
+        return store[0][:, :, :end], store[1][:, :, :end]
+
+    def advance(self, n_new: int) -> None:
+        """Count `n_new` stored tokens in, once every layer has been updated."""
+        self.lengths = [length + n_new for length in self.lengths]
+
+    def truncate(self, lengths: list[int]) -> None:
+        """Forget what lies beyond these lengths, one per row."""
+        self.lengths = list(lengths)
+
+    def select(self, rows: list[int]) -> None:
+        """Keep only these rows: the sequences that are not finished."""
+        self.lengths = [self.lengths[row] for row in rows]
+        self._stores = [None if store is None else (store[0][rows], store[1][rows]) for store in self._stores]

@@ -1,0 +1,248 @@
+"""Records in, (tokens, labels) out: reading, tokenising, the prepared set on disk, batches.
+
+A prepared set is a folder with `train.pt`, `test.pt` and `meta.json`. A `.pt` holds three flat tensors, so that it opens
+at once at any size: `tokens` (all rows end to end), `offsets` (n_rows + 1) and `prompt_lengths` (n_rows).
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lit_gpt import checkpoint
+from lit_gpt.model import IGNORE_INDEX
+from lit_gpt.prompts import get_style
+from lit_gpt.tokenizer import Tokenizer
+
+TRAIN, TEST, META = "train.pt", "test.pt", "meta.json"
+Record = dict[str, str]
+
+
+# --- records ---------------------------------------------------------------------------------------------------------
+
+
+def read_records(path: Path) -> list[Record]:
+    """Rows with `instruction`, `input` (may be absent) and `output`, from a JSON list or JSON lines.
+
+    Raises ValueError with the row's number for anything else.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text: {error}") from error
+    rows: Iterable[Any]
+    if text.lstrip().startswith("["):
+        try:
+            rows = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{path} is no valid JSON: {error}") from error
+    else:
+        rows = _json_lines(path, text)
+    records = [check_record(row, f"{path}, row {number}") for number, row in enumerate(rows, start=1)]
+    if not records:
+        raise ValueError(f"{path} holds no rows")
+    return records
+
+
+def _json_lines(path: Path, text: str) -> Iterator[Any]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: no valid JSON: {error}") from error
+
+
+def check_record(row: Any, where: str) -> Record:
+    """The three fields of a row as text. Raises ValueError that says what is wrong at `where`."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected an object with instruction, input and output, not {type(row).__name__}")
+    record = {key: row.get(key) for key in ("instruction", "input", "output")}
+    record["input"] = "" if record["input"] is None else record["input"]
+    for key, value in record.items():
+        if not isinstance(value, str):
+            problem = "is missing" if value is None else f"must be text, not {type(value).__name__}"
+            raise ValueError(f"{where}: {key!r} {problem}")
+    if not record["instruction"].strip() and not record["input"].strip():
+        raise ValueError(f"{where}: 'instruction' is empty")
+    if not record["output"].strip():
+        raise ValueError(f"{where}: 'output' is empty, so there is nothing to learn; remove the row")
+    return record
+
+
+def split(records: Sequence[Record], test_fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
+    """A seeded random split, the same rows as the original's; at least one row on each side."""
+    if not 0 < test_fraction < 1:
+        raise ValueError(f"--test_split_fraction must lie between 0 and 1, not {test_fraction}")
+    if len(records) < 2:
+        raise ValueError("at least two rows are needed: one to train on and one to test with")
+    generator = torch.Generator().manual_seed(seed)
+    train, test = torch.utils.data.random_split(records, [1 - test_fraction, test_fraction], generator)  # type: ignore[arg-type]
+    order = [*train.indices, *test.indices]
+    n_train = min(max(len(train), 1), len(records) - 1)
+    return [records[i] for i in order[:n_train]], [records[i] for i in order[n_train:]]
+
+
+# --- the prepared set ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokenised rows, end to end."""
+
+    tokens: torch.Tensor  # (all tokens,) int32
+    offsets: torch.Tensor  # (n_rows + 1,) int64
+    prompt_lengths: torch.Tensor  # (n_rows,) int32
+    n_truncated: int = 0
+
+
+def encode(records: Sequence[Record], tokenizer: Tokenizer, style: str, max_length: int) -> Encoded:
+    """Tokenise every prompt, and every answer followed by the end-of-text token, each in one batched call.
+
+    A row longer than `max_length` keeps its end-of-text token and loses the end of its answer; one whose prompt leaves
+    no room for an answer is refused by ValueError with its number.
+    """
+    render = get_style(style)
+    prompts = tokenizer.encode_batch([render(record["instruction"], record["input"]) for record in records])
+    answers = tokenizer.encode_batch([record["output"] for record in records], bos=False, eos=True)
+    n_truncated = 0
+    for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        if len(prompt) + len(answer) > max_length:
+            if len(prompt) + 2 > max_length:
+                raise ValueError(
+                    f"row {index + 1}: the prompt alone has {len(prompt)} tokens and {max_length} are allowed; "
+                    f"shorten it or raise --max_seq_length (it begins {records[index]['instruction'][:60]!r})"
+                )
+            n_truncated += 1
+            answers[index] = answer[: max_length - len(prompt) - 1] + answer[-1:]
+    lengths = torch.tensor([0] + [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)])
+    flat = [token for pair in zip(prompts, answers, strict=True) for row in pair for token in row]
+    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32)
+    return Encoded(torch.tensor(flat, dtype=torch.int32), lengths.cumsum(0), prompt_lengths, n_truncated)
+
+
+def prepare(
+    train: Sequence[Record],
+    test: Sequence[Record],
+    destination: Path,
+    checkpoint_dir: Path,
+    *,
+    mask_inputs: bool,
+    max_seq_length: int | None,
+    style: str,
+) -> dict[str, Any]:
+    """Tokenise both parts for the model in `checkpoint_dir` and write the prepared set; returns its meta data.
+
+    Nothing is written unless every row is good.
+    """
+    config = checkpoint.load_config(checkpoint_dir)
+    tokenizer = Tokenizer(checkpoint_dir)
+    max_length = min(max_seq_length or config.block_size, config.block_size)
+    parts = {TRAIN: encode(train, tokenizer, style, max_length), TEST: encode(test, tokenizer, style, max_length)}
+    meta: dict[str, Any] = {
+        "prompt_style": style,
+        "mask_inputs": mask_inputs,
+        "max_seq_length": max_length,
+        "checkpoint": config.name,
+        "tokenizer": tokenizer.fingerprint,
+        "vocab_size": config.vocab_size,
+    }
+    for name, part in parts.items():
+        lengths = part.offsets.diff()
+        meta[name] = {
+            "rows": len(lengths),
+            "tokens": len(part.tokens),
+            "longest": int(lengths.max()),
+            "truncated": part.n_truncated,
+        }
+        state = {"tokens": part.tokens, "offsets": part.offsets, "prompt_lengths": part.prompt_lengths}
+        checkpoint.save(destination / name, state)
+    checkpoint.save_text(destination / META, json.dumps(meta, indent=2) + "\n")
+    return meta
+
+
+# --- rows and batches ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows as the model wants them: `labels[t]` is the token that follows `tokens[t]`, or IGNORE_INDEX."""
+
+    tokens: torch.Tensor  # (B, T), or (1, all tokens) if packed
+    labels: torch.Tensor
+    lengths: tuple[int, ...] | None  # of the rows laid end to end; None if padded
+
+    @property
+    def n_labels(self) -> int:
+        return int((self.labels != IGNORE_INDEX).sum())
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens without padding."""
+        return sum(self.lengths) if self.lengths is not None else self.tokens.numel()
+
+
+class PreparedSet:
+    """Rows of one `.pt` of a prepared set, mapped from the disk."""
+
+    def __init__(self, path: Path, *, mask_inputs: bool, max_length: int, eos_id: int | None = None):
+        """Rows longer than `max_length` are cut, keeping their last token. Raises ValueError for a file of another kind."""
+        state = checkpoint.load_dict(path, mmap=True)
+        if not {"tokens", "offsets", "prompt_lengths"} <= set(state):
+            raise ValueError(f"{path} is no prepared set of this project; run scripts/prepare_alpaca.py again")
+        self.tokens, self.offsets = state["tokens"], state["offsets"]
+        self.prompt_lengths = state["prompt_lengths"]
+        self.mask_inputs, self.max_length = mask_inputs, max_length
+
+    def __len__(self) -> int:
+        return len(self.prompt_lengths)
+
+    def lengths(self) -> torch.Tensor:
+        """Tokens of each row (n_rows,), after cutting."""
+        return self.offsets.diff().clamp(max=self.max_length)
+
+    def row(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and labels of a row, (T,) each: all but the last token, and what follows each."""
+        row = self.tokens[self.offsets[index] : self.offsets[index + 1]].long()
+        if len(row) > self.max_length:
+            row = torch.cat((row[: self.max_length - 1], row[-1:]))
+        labels = row[1:].clone()
+        if self.mask_inputs:
+            labels[: int(self.prompt_lengths[index]) - 1] = IGNORE_INDEX
+        return row[:-1], labels
+
+    def batch(self, indices: Sequence[int], *, packing: bool) -> Batch:
+        """The rows laid end to end, or padded on the right, where no token can see the padding."""
+        tokens, labels = zip(*(self.row(index) for index in indices), strict=True)
+        if packing:
+            return Batch(torch.cat(tokens)[None], torch.cat(labels)[None], tuple(len(row) for row in tokens))
+        pad = torch.nn.utils.rnn.pad_sequence
+        return Batch(pad(tokens, True, 0), pad(labels, True, IGNORE_INDEX), None)
+
+
+def open_prepared(
+    data_dir: Path, tokenizer: Tokenizer, max_length: int
+) -> tuple[PreparedSet, PreparedSet, dict[str, Any]]:
+    """The two parts of a prepared set and its meta data.
+
+    Raises ValueError if it was made for another tokenizer.
+    """
+    if not (data_dir / META).is_file():
+        raise ValueError(
+            f"{data_dir} holds no prepared data ({META} is missing); run scripts/prepare_alpaca.py or "
+            f"scripts/prepare_json.py with --destination_path {data_dir}"
+        )
+    meta = checkpoint.read_json(data_dir / META)
+    if meta.get("tokenizer") != tokenizer.fingerprint:
+        raise ValueError(
+            f"{data_dir} was prepared with the tokenizer of {meta.get('checkpoint')!r}, which is not this model's; "
+            "prepare it again with this --checkpoint_dir"
+        )
+    mask = bool(meta.get("mask_inputs", True))
+    train, test = (PreparedSet(data_dir / name, mask_inputs=mask, max_length=max_length) for name in (TRAIN, TEST))
+    return train, test, meta

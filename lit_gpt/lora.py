@@ -1,0 +1,141 @@
+"""LoRA (Hu et al. 2021, arXiv:2106.09685): which layers get factors, the layer, and how it is taken off again."""
+
+import math
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lit_gpt.surgery import swap
+
+TARGETS = {  # flag -> the names of the layers that it means
+    "query": r"\.attn\.q$",
+    "key": r"\.attn\.k$",
+    "value": r"\.attn\.v$",
+    "projection": r"\.attn\.proj$",
+    "mlp": r"\.mlp\.(experts\.\d+\.)?(gate|up|fc|proj)$",
+    "head": r"^lm_head$",
+}
+
+
+@dataclass(frozen=True)
+class LoRASettings:
+    """What an adapter is made of; stored inside it, so that no later script has to ask.
+
+    `targets` are keys of `TARGETS`. The update is alpha / r * B A x.
+    """
+
+    r: int = 8
+    alpha: float = 16
+    dropout: float = 0.05
+    targets: tuple[str, ...] = ("query", "value")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", tuple(self.targets))  # a file gives a list
+        if self.r < 1:
+            raise ValueError(f"--lora_r must be at least 1, not {self.r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"--lora_dropout must lie in [0, 1), not {self.dropout}")
+        if not self.targets or (unknown := set(self.targets) - set(TARGETS)):
+            given = f"not {sorted(unknown)}" if self.targets else "and none is on"
+            raise ValueError(f"LoRA needs targets out of {', '.join(TARGETS)}, {given}")
+
+    @classmethod
+    def from_flags(cls, r: int, alpha: float, dropout: float, **targets: bool) -> "LoRASettings":
+        """From one boolean per target, as the command line has them."""
+        return cls(r, alpha, dropout, tuple(name for name, on in targets.items() if on))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "targets": list(self.targets)}
+
+
+class LoRALinear(nn.Module):
+    """A linear layer, of whatever kind, plus a low-rank update; only the factors train.
+
+    The factors are bare parameters, so that no pass over linear layers takes them for one. They are float32 whatever
+    the base is, and rounded to the input's precision when used.
+    """
+
+    def __init__(self, base: nn.Linear, settings: LoRASettings):
+        super().__init__()
+        device = base.weight.device
+        self.base = base.requires_grad_(False)
+        self.lora_A = nn.Parameter(torch.empty(settings.r, base.in_features, dtype=torch.float32, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, settings.r, dtype=torch.float32, device=device))
+        self.scaling, self.dropout = settings.alpha / settings.r, settings.dropout
+        if device.type != "meta":
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.base(x)
+        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
+        return y + F.linear(low, (self.lora_B * self.scaling).to(x.dtype)).to(y.dtype)
+
+    def delta(self) -> torch.Tensor:
+        """What merging adds to the weight (out, in), float32."""
+        return self.scaling * (self.lora_B.detach() @ self.lora_A.detach())
+
+    def merged(self) -> nn.Linear:
+        """The plain layer with the update in its weight, in the base's precision."""
+        weight = (self.base.weight.float() + self.delta()).to(self.base.weight.dtype)
+        self.base.weight = nn.Parameter(weight, requires_grad=False)
+        return self.base
+
+
+def attach(model: nn.Module, settings: LoRASettings) -> list[str]:
+    """Freeze the model and give each targeted layer factors; returns the layers' names.
+
+    Raises ValueError for a target that this model has no layer of.
+    """
+    for target in settings.targets:
+        if not any(re.search(TARGETS[target], name) for name, _ in model.named_modules()):
+            raise ValueError(f"this model has no layer for the LoRA target {target!r}")
+    model.requires_grad_(False)
+    pattern = "|".join(TARGETS[target] for target in settings.targets)
+    return swap(
+        model,
+        lambda name, module: isinstance(module, nn.Linear) and re.search(pattern, name) is not None,
+        lambda name, module: LoRALinear(module, settings),  # type: ignore[arg-type]
+    )
+
+
+def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The factors, by name, detached from the model."""
+    return {
+        name: parameter.detach().cpu().clone()
+        for name, parameter in model.named_parameters()
+        if name.endswith((".lora_A", ".lora_B"))
+    }
+
+
+def load_adapter_state(model: nn.Module, state: dict[str, torch.Tensor], where: object) -> None:
+    """Put factors into a model that has been attached to. Raises ValueError naming what does not fit."""
+    parameters = dict(model.named_parameters())
+    expected = {name for name in parameters if name.endswith((".lora_A", ".lora_B"))}
+    problems = [f"missing {name}" for name in sorted(expected - set(state))]
+    problems += [f"unexpected {name}" for name in sorted(set(state) - expected)]
+    problems += [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(parameters[name].shape)}"
+        for name in sorted(expected & set(state))
+        if state[name].shape != parameters[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise ValueError(f"{where} does not fit this model: {', '.join(problems[:6])}{more}")
+    with torch.no_grad():
+        for name in expected:
+            parameters[name].copy_(state[name])
+
+
+def merge(model: nn.Module) -> list[str]:
+    """Fold every update into its layer: the state dict has the base's names again. Returns the layers' names.
+
+    A tied head that was adapted gets a weight of its own, and the config says so.
+    """
+    head = getattr(model, "lm_head", None)
+    if isinstance(head, LoRALinear):
+        model.config.tie_embeddings = False  # type: ignore[union-attr]
+    return swap(model, lambda name, module: isinstance(module, LoRALinear), lambda name, module: module.merged())  # type: ignore[operator]

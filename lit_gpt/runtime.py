@@ -1,0 +1,100 @@
+"""One Fabric from (devices, precision), and what each precision means for the weights."""
+
+import logging
+import resource
+import sys
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How the numbers are kept: `frozen` weights, `trained` ones and norms, and whether autocast is on."""
+
+    name: str
+    frozen: torch.dtype
+    trained: torch.dtype
+    mixed: bool = False
+
+
+# Under mixed precision autocast would round a frozen weight anyway each time it is used: it is stored rounded.
+PRECISIONS = {
+    precision.name: precision
+    for precision in (
+        Precision("32-true", torch.float32, torch.float32),
+        Precision("16-true", torch.float16, torch.float16),
+        Precision("bf16-true", torch.bfloat16, torch.bfloat16),
+        Precision("16-mixed", torch.float16, torch.float32, mixed=True),
+        Precision("bf16-mixed", torch.bfloat16, torch.float32, mixed=True),
+        Precision("64-true", torch.float64, torch.float64),
+    )
+}
+SYNONYMS = {"32": "32-true", "32-full": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}
+
+
+def has_fast_bf16() -> bool:
+    """Whether this machine multiplies in bfloat16 at least as fast as in float32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def resolve_precision(name: str | None, *, training: bool) -> Precision:
+    """The precision of that name, or the best default of this machine: mixed to train, true to run.
+
+    Raises ValueError that lists the names.
+    """
+    if name is None:
+        kind = "mixed" if training else "true"
+        half = "bf16" if has_fast_bf16() else "16"
+        on_gpu = torch.cuda.is_available()
+        name = f"{half}-{kind}" if on_gpu or half == "bf16" else "32-true"
+    name = SYNONYMS.get(name, name)
+    if name not in PRECISIONS:
+        raise ValueError(f"unknown precision {name!r}; known are {', '.join((*PRECISIONS, *SYNONYMS))}")
+    return PRECISIONS[name]
+
+
+def launch(precision: Precision, devices: int | str = 1, num_nodes: int = 1) -> "Fabric":
+    """A Fabric that is running, on the best accelerator there is; with several devices, data parallel."""
+    quiet()
+    from lightning_fabric import Fabric
+    from lightning_fabric.plugins import MixedPrecision
+    from lightning_fabric.plugins.precision import Precision as WeightsAsTheyAre
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # Fabric's "true" plugins would round the LoRA factors too: the weights come in the right dtype, so none is needed.
+    plugin = MixedPrecision(precision.name, device) if precision.mixed else WeightsAsTheyAre()  # type: ignore[arg-type]
+    many = num_nodes > 1 or devices not in (1, "1")
+    fabric = Fabric(
+        accelerator=device, devices=devices, num_nodes=num_nodes, strategy="ddp" if many else "auto", plugins=plugin
+    )
+    fabric.launch()
+    return fabric
+
+
+def device_of_this_machine() -> torch.device:
+    """Where a script that does not train runs."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def peak_memory_gb() -> float:
+    """Peak memory of this process so far in GB: the GPU's, or the resident set's where there is no GPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def quiet() -> None:
+    """Silence what libraries say at start and a user can do nothing about."""
+    for name in ("lightning_fabric", "lightning.fabric", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning_fabric")
+    warnings.filterwarnings("ignore", message=".*srun.*")
