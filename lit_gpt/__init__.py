@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from lit_gpt.model import GPT as GPT
     from lit_gpt.tokenizer import Tokenizer as Tokenizer
 
+__version__ = "0.1.0"
+
 _HOME = {"GPT": "lit_gpt.model", "Config": "lit_gpt.config", "Tokenizer": "lit_gpt.tokenizer"}
-__all__ = ["GPT", "Config", "Tokenizer"]
+__all__ = ["GPT", "Config", "Tokenizer", "__version__"]
 
 
 def __getattr__(name: str):

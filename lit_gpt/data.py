@@ -1,7 +1,7 @@
 """Records in, (tokens, labels) out: reading, tokenising, the prepared set on disk, batches.
 
-A prepared set is a folder with `train.pt`, `test.pt` and `meta.json`. A `.pt` holds three flat tensors, so that it opens
-at once at any size: `tokens` (all rows end to end), `offsets` (n_rows + 1) and `prompt_lengths` (n_rows).
+A prepared set is a folder with `train.pt`, `test.pt` and `meta.json`. A `.pt` holds three flat tensors, so that it
+opens at once at any size: `tokens` (all rows end to end), `offsets` (n_rows + 1) and `prompt_lengths` (n_rows).
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lit_gpt import checkpoint
+from lit_gpt import checkpoint, files
 from lit_gpt.model import IGNORE_INDEX
 from lit_gpt.prompts import get_style
 from lit_gpt.tokenizer import Tokenizer
@@ -62,8 +62,9 @@ def check_record(row: Any, where: str) -> Record:
     """The three fields of a row as text. Raises ValueError that says what is wrong at `where`."""
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected an object with instruction, input and output, not {type(row).__name__}")
-    record = {key: row.get(key) for key in ("instruction", "input", "output")}
-    record["input"] = "" if record["input"] is None else record["input"]
+    record: dict[str, Any] = {key: row.get(key) for key in ("instruction", "input", "output")}
+    if record["input"] is None:  # absent, or null
+        record["input"] = ""
     for key, value in record.items():
         if not isinstance(value, str):
             problem = "is missing" if value is None else f"must be text, not {type(value).__name__}"
@@ -82,9 +83,10 @@ def split(records: Sequence[Record], test_fraction: float, seed: int) -> tuple[l
     if len(records) < 2:
         raise ValueError("at least two rows are needed: one to train on and one to test with")
     generator = torch.Generator().manual_seed(seed)
-    train, test = torch.utils.data.random_split(records, [1 - test_fraction, test_fraction], generator)  # type: ignore[arg-type]
-    order = [*train.indices, *test.indices]
-    n_train = min(max(len(train), 1), len(records) - 1)
+    fractions = [1 - test_fraction, test_fraction]
+    parts = torch.utils.data.random_split(range(len(records)), fractions, generator)  # type: ignore[arg-type, var-annotated]
+    order = [index for part in parts for index in part.indices]
+    n_train = min(max(len(parts[0]), 1), len(records) - 1)
     return [records[i] for i in order[:n_train]], [records[i] for i in order[n_train:]]
 
 
@@ -161,8 +163,8 @@ def prepare(
             "truncated": part.n_truncated,
         }
         state = {"tokens": part.tokens, "offsets": part.offsets, "prompt_lengths": part.prompt_lengths}
-        checkpoint.save(destination / name, state)
-    checkpoint.save_text(destination / META, json.dumps(meta, indent=2) + "\n")
+        files.save(destination / name, state)
+    files.save_text(destination / META, json.dumps(meta, indent=2) + "\n")
     return meta
 
 
@@ -186,13 +188,17 @@ class Batch:
         """Tokens without padding."""
         return sum(self.lengths) if self.lengths is not None else self.tokens.numel()
 
+    def unlabelled(self) -> "Batch":
+        """The same tokens with nothing asked of them."""
+        return Batch(self.tokens, torch.full_like(self.labels, IGNORE_INDEX), self.lengths)
+
 
 class PreparedSet:
     """Rows of one `.pt` of a prepared set, mapped from the disk."""
 
-    def __init__(self, path: Path, *, mask_inputs: bool, max_length: int, eos_id: int | None = None):
-        """Rows longer than `max_length` are cut, keeping their last token. Raises ValueError for a file of another kind."""
-        state = checkpoint.load_dict(path, mmap=True)
+    def __init__(self, path: Path, *, mask_inputs: bool, max_length: int):
+        """Rows longer than `max_length` are cut but keep their last token. ValueError for another kind of file."""
+        state = files.load_dict(path, mmap=True)
         if not {"tokens", "offsets", "prompt_lengths"} <= set(state):
             raise ValueError(f"{path} is no prepared set of this project; run scripts/prepare_alpaca.py again")
         self.tokens, self.offsets = state["tokens"], state["offsets"]
@@ -216,9 +222,16 @@ class PreparedSet:
             labels[: int(self.prompt_lengths[index]) - 1] = IGNORE_INDEX
         return row[:-1], labels
 
+    def prompt_and_answer(self, index: int) -> tuple[list[int], list[int]]:
+        """The two parts of a row."""
+        row = self.tokens[self.offsets[index] : self.offsets[index + 1]].tolist()
+        n_prompt = int(self.prompt_lengths[index])
+        return row[:n_prompt], row[n_prompt:]
+
     def batch(self, indices: Sequence[int], *, packing: bool) -> Batch:
         """The rows laid end to end, or padded on the right, where no token can see the padding."""
-        tokens, labels = zip(*(self.row(index) for index in indices), strict=True)
+        rows = [self.row(index) for index in indices]
+        tokens, labels = [row[0] for row in rows], [row[1] for row in rows]
         if packing:
             return Batch(torch.cat(tokens)[None], torch.cat(labels)[None], tuple(len(row) for row in tokens))
         pad = torch.nn.utils.rnn.pad_sequence
@@ -237,7 +250,7 @@ def open_prepared(
             f"{data_dir} holds no prepared data ({META} is missing); run scripts/prepare_alpaca.py or "
             f"scripts/prepare_json.py with --destination_path {data_dir}"
         )
-    meta = checkpoint.read_json(data_dir / META)
+    meta = files.read_json(data_dir / META)
     if meta.get("tokenizer") != tokenizer.fingerprint:
         raise ValueError(
             f"{data_dir} was prepared with the tokenizer of {meta.get('checkpoint')!r}, which is not this model's; "

@@ -1,0 +1,55 @@
+"""Fine-tune all weights of a model; see tutorials/finetune_full.md."""
+
+from pathlib import Path
+
+from lit_gpt.args import EvalArgs, TrainArgs
+from lit_gpt.cli import run
+
+
+def main(
+    data_dir: Path = Path("data/alpaca"),
+    checkpoint_dir: Path = Path("checkpoints/stabilityai/stablelm-base-alpha-3b"),
+    out_dir: Path = Path("out/full/alpaca"),
+    precision: str | None = None,
+    train: TrainArgs = TrainArgs(learning_rate=3e-5),  # noqa: B008 - frozen
+    eval: EvalArgs = EvalArgs(),  # noqa: B008
+    devices: int = 1,
+    num_nodes: int = 1,
+    seed: int = 1337,
+) -> None:
+    """Fine-tune all weights of a model.
+
+    OUT_DIR becomes a folder that every other script reads: the weights, their config, the tokenizer.
+
+    Args:
+        data_dir: Folder that a prepare script wrote.
+        checkpoint_dir: The base: a converted folder, or one that holds only HF files.
+        out_dir: Where the model, metrics and report go.
+        precision: bf16-mixed, bf16-true, 16-mixed, 16-true or 32-true; the default is the best that this machine has.
+        train: How to train.
+        eval: When and how to validate.
+        devices: Accelerators (or CPU processes) to train on.
+        num_nodes: Machines to train on.
+        seed: Of the rows' order.
+    """
+    settings = dict(locals())  # what --config reads back
+
+    from lit_gpt import checkpoint, runtime
+    from lit_gpt.finetuning import Job
+    from lit_gpt.training import Run
+
+    kind = runtime.resolve_precision(precision, training=True)
+    job = Job(data_dir, checkpoint_dir, out_dir, train, eval, {**settings, "precision": kind.name})
+    fabric = runtime.launch(kind, devices, num_nodes)
+    fabric.seed_everything(seed, verbose=False)
+    model = checkpoint.load_model(checkpoint_dir, kind.trained, device=fabric.device)
+    checkpoint.unfreeze(model)
+
+    def save(path: Path, run: Run) -> None:
+        checkpoint.save_model(path, model, checkpoint_dir, job.meta["prompt_style"], dtype=kind.frozen)
+
+    job.run(fabric, model, save, checkpoint.files.LIT_MODEL)
+
+
+if __name__ == "__main__":
+    run(main)

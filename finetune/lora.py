@@ -1,0 +1,78 @@
+"""Fine-tune a model with LoRA or QLoRA; see tutorials/finetune_lora.md."""
+
+from pathlib import Path
+
+from lit_gpt.args import EvalArgs, TrainArgs
+from lit_gpt.cli import run
+
+
+def main(
+    data_dir: Path = Path("data/alpaca"),
+    checkpoint_dir: Path = Path("checkpoints/stabilityai/stablelm-base-alpha-3b"),
+    out_dir: Path = Path("out/lora/alpaca"),
+    precision: str | None = None,
+    lora_r: int = 8,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.05,
+    lora_query: bool = True,
+    lora_key: bool = False,
+    lora_value: bool = True,
+    lora_projection: bool = False,
+    lora_mlp: bool = False,
+    lora_head: bool = False,
+    train: TrainArgs = TrainArgs(),  # noqa: B008 - frozen
+    eval: EvalArgs = EvalArgs(),  # noqa: B008
+    devices: int = 1,
+    num_nodes: int = 1,
+    seed: int = 1337,
+) -> None:
+    """Fine-tune a model with LoRA.
+
+    The adapter is written to OUT_DIR/lit_model_lora_finetuned.pth with everything that the next script must know of it.
+
+    Args:
+        data_dir: Folder that a prepare script wrote.
+        checkpoint_dir: The base: a converted folder, or one that holds only HF files.
+        out_dir: Where adapter, metrics and report go.
+        precision: bf16-mixed, bf16-true, 16-mixed, 16-true or 32-true; the default is the best that this machine has.
+        lora_r: Rank of the update.
+        lora_alpha: The update is scaled by alpha / r.
+        lora_dropout: Share of a layer's inputs that its update does not see while training.
+        lora_query: Adapt the queries.
+        lora_key: Adapt the keys.
+        lora_value: Adapt the values.
+        lora_projection: Adapt the attention's output.
+        lora_mlp: Adapt the MLP's layers.
+        lora_head: Adapt the output head.
+        train: How to train.
+        eval: When and how to validate.
+        devices: Accelerators (or CPU processes) to train on.
+        num_nodes: Machines to train on.
+        seed: Of the rows' order, the factors and the dropout.
+    """
+    settings = dict(locals())  # what --config reads back
+
+    from lit_gpt import checkpoint, lora, runtime
+    from lit_gpt.finetuning import Job
+    from lit_gpt.training import Run
+
+    targets = {name: settings[f"lora_{name}"] for name in lora.TARGETS}
+    adapter = lora.LoRASettings.from_flags(lora_r, lora_alpha, lora_dropout, **targets)
+    kind = runtime.resolve_precision(precision, training=True)
+    job = Job(data_dir, checkpoint_dir, out_dir, train, eval, {**settings, "precision": kind.name})
+    fabric = runtime.launch(kind, devices, num_nodes)
+    fabric.seed_everything(seed, verbose=False)
+    model = checkpoint.load_model(checkpoint_dir, kind.frozen, norm_dtype=kind.trained, device=fabric.device)
+    lora.attach(model, adapter)
+    base = checkpoint.fingerprint(checkpoint_dir)
+
+    def save(path: Path, run: Run) -> None:
+        told = {"base_name": model.config.name, "base_fingerprint": base, "prompt_style": job.meta["prompt_style"]}
+        state = lora.adapter_state(model)
+        checkpoint.Adapter(state, adapter, **told, precision=kind.name, quantize=None, step=run.step).save(path)
+
+    job.run(fabric, model, save, checkpoint.files.ADAPTER)
+
+
+if __name__ == "__main__":
+    run(main)

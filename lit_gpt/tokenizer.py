@@ -1,0 +1,227 @@
+"""Text to token ids and back: `tokenizers` (tokenizer.json) and `sentencepiece` (tokenizer.model) behind one class."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+TOKENIZER_JSON, TOKENIZER_MODEL = "tokenizer.json", "tokenizer.model"
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # one byte of a character that has no token
+
+
+class Backend(Protocol):
+    """What the two libraries have in common. `encode` adds no BOS or EOS."""
+
+    vocab_size: int
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+    def to_id(self, token: str) -> int | None: ...
+    @property
+    def byte_ids(self) -> set[int]: ...
+    @property
+    def special_ids(self) -> set[int]: ...
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint folder.
+
+    `use_bos` tells whether the model's sequences begin with `bos_id`; `stop_ids` end an answer; `fingerprint` tells
+    whether a prepared data set fits. Raises ValueError that names a file which is missing or broken.
+    """
+
+    def __init__(self, folder: str | Path):
+        folder = Path(folder)
+        settings = {name: _read(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")}
+        generation, config = _read(folder / "generation_config.json"), _read(folder / "config.json")
+        file = next((folder / n for n in (TOKENIZER_JSON, TOKENIZER_MODEL) if (folder / n).is_file()), None)
+        if file is None:
+            raise ValueError(
+                f"{folder} holds no tokenizer ({TOKENIZER_JSON} or {TOKENIZER_MODEL}); run scripts/download.py with "
+                "--tokenizer_only true, or copy the files from the base's folder"
+            )
+        self.fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()
+        added = settings["tokenizer_config.json"].get("added_tokens_decoder") or {}
+        try:
+            self._backend: Backend = _Fast(file) if file.name == TOKENIZER_JSON else _SentencePiece(file, added)
+        except ValueError:
+            raise
+        except Exception as error:  # both libraries raise bare Exceptions for a malformed file
+            raise ValueError(f"{file} is broken: {error}") from error
+        self.vocab_size = self._backend.vocab_size
+        self.bos_id, self.eos_id, self.pad_id = (
+            self._special(name, settings.values(), (generation, config)) for name in ("bos", "eos", "pad")
+        )
+        ends = generation.get("eos_token_id", self.eos_id)
+        ends = ends if isinstance(ends, list) else [ends]
+        self.stop_ids = frozenset(end for end in (*ends, self.eos_id) if isinstance(end, int))
+        said = settings["tokenizer_config.json"].get("add_bos_token")
+        starts = self._backend.starts_with(self.bos_id) if isinstance(self._backend, _Fast) else True
+        self.use_bos = self.bos_id is not None and (said if isinstance(said, bool) else starts)
+        self.chat_template = _chat_template(folder, settings["tokenizer_config.json"])
+
+    def _special(self, name: str, settings: Iterable[dict[str, Any]], numbered: Iterable[dict[str, Any]]) -> int | None:
+        for source in settings:
+            token = source.get(f"{name}_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str) and (index := self._backend.to_id(token)) is not None:
+                return index
+        for source in numbered:
+            index = source.get(f"{name}_token_id")
+            index = index[0] if isinstance(index, list) and index else index
+            if isinstance(index, int):
+                return index
+        return None
+
+    def encode(self, text: str, *, bos: bool | None = None, eos: bool = False) -> list[int]:
+        """Ids of a text; `bos=None` begins as the model's own sequences do."""
+        return self.encode_batch([text], bos=bos, eos=eos)[0]
+
+    def encode_batch(self, texts: Sequence[str], *, bos: bool | None = None, eos: bool = False) -> list[list[int]]:
+        """Ids of many texts in one call of the library. Raises ValueError if an EOS is asked for that is not known."""
+        if eos and self.eos_id is None:
+            raise ValueError("this tokenizer has no end-of-text token; name one as eos_token in tokenizer_config.json")
+        first = [self.bos_id] if (self.use_bos if bos is None else bos) and self.bos_id is not None else []
+        last = [self.eos_id] if eos and self.eos_id is not None else []
+        return [first + ids + last for ids in self._backend.encode(texts)]
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        special = self._backend.special_ids if skip_special else set()
+        return self._backend.decode([index for index in ids if index not in special])
+
+    def decode_stream(self, ids: Iterable[int], *, skip_special: bool = True) -> Iterator[str]:
+        """Pieces of text as the ids come; put together they are what `decode` gives.
+
+        Each new id is decoded after a few before it, since a token's text depends on its place. A piece is held back
+        while its last character is not whole.
+        """
+        special = self._backend.special_ids if skip_special else set()
+        in_bytes = self._backend.byte_ids
+        window: list[int] = []  # ids whose text is out, then ids whose text is not
+        n_out = 0
+        for index in ids:
+            if index in special:
+                continue
+            window.append(index)
+            out, text = self._backend.decode(window[:n_out]), self._backend.decode(window)
+            if text.endswith("\ufffd") or index in in_bytes or len(text) <= len(out):
+                continue
+            yield text[len(out) :]
+            window, n_out = window[n_out:], len(window) - n_out
+        if rest := self._backend.decode(window)[len(self._backend.decode(window[:n_out])) :]:
+            yield rest
+
+
+class _Fast:
+    """A tokenizer.json."""
+
+    def __init__(self, file: Path):
+        from tokenizers import Tokenizer as Library
+
+        self.library = Library.from_file(str(file))
+        self.library.no_truncation()
+        self.library.no_padding()
+        self.vocab_size = self.library.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.library.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.library.decode(list(ids), skip_special_tokens=False))
+
+    def to_id(self, token: str) -> int | None:
+        index: int | None = self.library.token_to_id(token)
+        return index
+
+    @cached_property
+    def byte_ids(self) -> set[int]:
+        return {index for token, index in self.library.get_vocab().items() if BYTE_TOKEN.fullmatch(token)}
+
+    @cached_property
+    def special_ids(self) -> set[int]:
+        return {index for index, token in self.library.get_added_tokens_decoder().items() if token.special}
+
+    def starts_with(self, bos_id: int | None) -> bool:
+        """Whether the file's own post-processor puts BOS first."""
+        return self.library.encode("", add_special_tokens=True).ids[:1] == [bos_id]
+
+
+class _SentencePiece:
+    """A tokenizer.model, with the added tokens that tokenizer_config.json lists beside it."""
+
+    def __init__(self, file: Path, added: dict[str, Any]):
+        try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError as error:
+            raise ValueError(f"{file} needs sentencepiece: pip install 'lit-gpt[sentencepiece]'") from error
+        self.library = SentencePieceProcessor(model_file=str(file))
+        self.added = {entry["content"]: int(index) for index, entry in added.items()}
+        self.names = {index: token for token, index in self.added.items()}
+        self.special = {int(index) for index, entry in added.items() if entry.get("special")}
+        self.vocab_size = max([self.library.get_piece_size(), *(index + 1 for index in self.names)])
+        longest_first = sorted(self.added, key=len, reverse=True)
+        self.splitter = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if self.added else None
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        if self.splitter is None:
+            return [list(ids) for ids in self.library.encode(list(texts))]
+        return [self._encode_around_added(text) for text in texts]
+
+    def _encode_around_added(self, text: str) -> list[int]:
+        assert self.splitter is not None
+        ids: list[int] = []
+        for piece in self.splitter.split(text):
+            ids += [self.added[piece]] if piece in self.added else self.library.encode(piece)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        n = self.library.get_piece_size()
+        pieces: list[str] = []
+        run: list[int] = []
+        for index in ids:
+            if index in self.names and (index >= n or not self.library.is_byte(index)):
+                pieces += [self.library.decode(run), self.names[index]]
+                run = []
+            elif index < n:
+                run.append(index)
+        return "".join([*pieces, self.library.decode(run)])
+
+    def to_id(self, token: str) -> int | None:
+        if token in self.added:
+            return self.added[token]
+        index: int = self.library.piece_to_id(token)
+        return index if self.library.id_to_piece(index) == token else None
+
+    @cached_property
+    def byte_ids(self) -> set[int]:
+        return {index for index in range(self.library.get_piece_size()) if self.library.is_byte(index)}
+
+    @cached_property
+    def special_ids(self) -> set[int]:
+        n = self.library.get_piece_size()
+        return self.special | {index for index in range(n) if self.library.is_control(index)}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object, empty if the file is not there."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object but a {type(value).__name__}")
+    return value
+
+
+def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
+    if (file := folder / "chat_template.jinja").is_file():
+        template = file.read_text(encoding="utf-8")
+    return template if isinstance(template, str) else None
