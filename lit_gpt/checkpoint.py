@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -88,16 +88,26 @@ def _misshapen(step: Step, config: Config, theirs: torch.Tensor, expected: Mappi
     ]
 
 
-def stream(source: TensorSource, config: Config, steps: Iterable[Step]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Our names and tensors, one of theirs in memory at a time."""
-    for step in steps:
-        yield from zip(step.ours, step.via.split(config, source.read(step.theirs)), strict=True)
+class Weights:
+    """A checkpoint's tensors under our names: checked at once, read one at a time."""
 
+    def __init__(self, source: TensorSource, config: Config):
+        """Raises ValueError as `plan` does."""
+        self.source, self.config = source, config
+        self.steps = plan(source, config)
+        self.metas: dict[str, torch.Tensor] = dict(self._split(source.metas.__getitem__))
 
-def open_folder(folder: Path) -> tuple[Config, Iterator[tuple[str, torch.Tensor]]]:
-    """A checkpoint folder of either kind: its architecture and a stream of its weights, checked before it starts."""
-    config, source = load_config(folder), FolderSource(folder)
-    return config, stream(source, config, plan(source, config))
+    @classmethod
+    def from_folder(cls, folder: Path) -> "Weights":
+        """Of a folder of either kind."""
+        return cls(FolderSource(folder), load_config(folder))
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self._split(self.source.read)
+
+    def _split(self, read: Callable[[str], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        for step in self.steps:
+            yield from zip(step.ours, step.via.split(self.config, read(step.theirs)), strict=True)
 
 
 def load_model(
@@ -111,10 +121,10 @@ def load_model(
 
     Weights get `dtype`, those of the norms `norm_dtype` (default: the same). Raises ValueError as `plan` does.
     """
-    config, tensors = open_folder(folder)
-    model = hollow(config)
+    weights = Weights.from_folder(folder)
+    model = hollow(weights.config)
     norms = {name for name, module in model.named_modules() if isinstance(module, tuple(NORMS.values()))}
-    for name, tensor in tensors:
+    for name, tensor in weights:
         owner, leaf = name.rsplit(".", 1)
         kind = norm_dtype if norm_dtype is not None and owner in norms else dtype
         # Where nothing changes the file stays mapped: pages are read when they are used, and never written back.
@@ -131,14 +141,19 @@ def unfreeze(model: GPT) -> None:
         parameter.requires_grad_(True)
 
 
-def save_model(path: Path, model: GPT, base_dir: Path, prompt_style: str, dtype: torch.dtype | None = None) -> None:
+def save_model(path: Path, model: GPT, base_dir: Path, style: str, dtype: torch.dtype | None = None) -> None:
     """Write a plain model's weights as `path`, and beside them all that makes its folder a complete checkpoint."""
-    expected = parameter_metas(model)
-    metas = {name: torch.empty(p.shape, dtype=dtype or p.dtype, device="meta") for name, p in expected.items()}
-    files.save_streamed(path, metas, expected.items())
-    files.copy_companions(base_dir, path.parent)
-    save_config(path.parent, model.config)
-    files.save_text(path.parent / files.PROMPT_STYLE, json.dumps({"prompt_style": prompt_style}) + "\n")
+    parameters = parameter_metas(model)
+    metas = {name: torch.empty(p.shape, dtype=dtype or p.dtype, device="meta") for name, p in parameters.items()}
+    files.save_streamed(path, metas, parameters.items())
+    complete_folder(path.parent, model.config, base_dir, style)
+
+
+def complete_folder(folder: Path, config: Config, base_dir: Path, style: str) -> None:
+    """Put beside new weights what the scripts that follow need: config, tokenizer, prompt style."""
+    files.copy_companions(base_dir, folder)
+    save_config(folder, config)
+    files.save_text(folder / files.PROMPT_STYLE, json.dumps({"prompt_style": style}) + "\n")
 
 
 def prompt_style(folder: Path) -> str | None:
@@ -149,9 +164,8 @@ def prompt_style(folder: Path) -> str | None:
 
 def fingerprint(folder: Path) -> str:
     """Tells two bases apart by a sample of each tensor, rounded: neither the files' layout nor their dtype matters."""
-    _, tensors = open_folder(folder)
     samples = {}
-    for name, tensor in tensors:
+    for name, tensor in Weights.from_folder(folder):
         picked = tensor.flatten()[:: max(1, tensor.numel() // 64)].to(torch.bfloat16)
         samples[name] = picked.contiguous().view(torch.int16).numpy().tobytes()
     digest = hashlib.sha256()
@@ -171,16 +185,13 @@ def convert(
 
     `progress` hears the bytes written so far and those to write.
     """
-    steps = plan(source, config)
-    metas: dict[str, torch.Tensor] = {}
-    for step in steps:
-        parts = step.via.split(config, source.metas[step.theirs])
-        metas |= {name: part.to(dtype or part.dtype) for name, part in zip(step.ours, parts, strict=True)}
+    weights = Weights(source, config)
+    metas = {name: meta.to(dtype or meta.dtype) for name, meta in weights.metas.items()}
     total = sum(meta.nbytes for meta in metas.values())
 
     def counted() -> Iterator[tuple[str, torch.Tensor]]:
         done = 0
-        for name, tensor in stream(source, config, steps):
+        for name, tensor in weights:
             yield name, tensor
             done += metas[name].nbytes
             progress(done, total)
@@ -223,12 +234,16 @@ class Adapter:
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is no LoRA adapter written by finetune/lora.py (no {error})") from error
 
-    def attach(self, model: GPT, checkpoint_dir: Path, where: Path) -> None:
-        """Give the model these factors. Raises ValueError if they were trained on another base."""
+    def check_base(self, checkpoint_dir: Path, where: Path) -> None:
+        """Raises ValueError if the adapter was trained on another base than this folder's."""
         if (found := fingerprint(checkpoint_dir)) != self.base_fingerprint:
             raise ValueError(
                 f"{where} was trained on {self.base_name!r} ({self.base_fingerprint[:8]}), and {checkpoint_dir} holds "
                 f"other weights ({found[:8]}); give the base that it was trained on as --checkpoint_dir"
             )
+
+    def attach(self, model: GPT, checkpoint_dir: Path, where: Path) -> None:
+        """Give the model these factors. Raises ValueError if they were trained on another base."""
+        self.check_base(checkpoint_dir, where)
         lora.attach(model, self.settings)
         lora.load_adapter_state(model, self.state, where)

@@ -168,6 +168,19 @@ def prepare(
     return meta
 
 
+def summary(meta: dict[str, Any], destination: Path) -> str:
+    """What a prepare script says when it is done."""
+    lines = [f"wrote {destination} ({META}, {TRAIN}, {TEST})"]
+    for name, part in ((TRAIN, "training"), (TEST, "validation")):
+        counts = meta[name]
+        lines.append(
+            f"  {counts['rows']:,} {part} rows, {counts['tokens']:,} tokens, the longest {counts['longest']:,}"
+            + (f"; {counts['truncated']:,} cut to {meta['max_seq_length']:,}" if counts["truncated"] else "")
+        )
+    trained = "the answers" if meta["mask_inputs"] else "prompts and answers"
+    return "\n".join([*lines, f"  prompt style {meta['prompt_style']}; the loss is taken on {trained}"])
+
+
 # --- rows and batches ------------------------------------------------------------------------------------------------
 
 

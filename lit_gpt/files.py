@@ -114,6 +114,19 @@ def copy_companions(source: Path, target: Path) -> None:
                 shutil.copyfile(source / name, temporary)
 
 
+def fetch(url: str, path: Path) -> None:
+    """Download a file. Raises ValueError that says what to do where there is no network."""
+    from urllib.error import URLError
+    from urllib.request import urlopen
+
+    try:
+        with urlopen(url, timeout=60) as answer, atomically(path) as temporary, open(temporary, "wb") as file:
+            shutil.copyfileobj(answer, file)
+    except (URLError, OSError, TimeoutError) as error:
+        reason = getattr(error, "reason", error)
+        raise ValueError(f"{url} cannot be downloaded ({reason}); without a network, put the file at {path}") from error
+
+
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 

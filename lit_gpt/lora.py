@@ -74,15 +74,16 @@ class LoRALinear(nn.Module):
         low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
         return y + F.linear(low, (self.lora_B * self.scaling).to(x.dtype)).to(y.dtype)
 
-    def delta(self) -> torch.Tensor:
-        """What merging adds to the weight (out, in), float32."""
-        return self.scaling * (self.lora_B.detach() @ self.lora_A.detach())
-
     def merged(self) -> nn.Linear:
         """The plain layer with the update in its weight, in the base's precision."""
-        weight = (self.base.weight.float() + self.delta()).to(self.base.weight.dtype)
+        weight = merged_weight(self.base.weight.detach(), self.lora_A.detach(), self.lora_B.detach(), self.scaling)
         self.base.weight = nn.Parameter(weight, requires_grad=False)
         return self.base
+
+
+def merged_weight(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+    """weight (out, in) + scaling * b (out, r) a (r, in): added in float32, rounded once to the weight's precision."""
+    return torch.addmm(weight.float(), b.float(), a.float(), alpha=scaling).to(weight.dtype)
 
 
 def attach(model: nn.Module, settings: LoRASettings) -> list[str]:

@@ -1,0 +1,98 @@
+"""Fold an adapter into a checkpoint on disk, a tensor at a time, and look whether the result is what was trained."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lit_gpt import checkpoint, files, lora
+from lit_gpt.checkpoint import Adapter, Weights
+from lit_gpt.model import GPT
+from lit_gpt.prompts import get_style
+from lit_gpt.tokenizer import Tokenizer
+
+PROMPTS = (
+    "What food do llamas eat?",
+    "Recommend a movie to watch on the weekend.",
+    "Arrange the given numbers in ascending order: 2, 4, 0, 8, 3.",
+    "Write a short letter to a friend who has moved to another town, and ask when a visit would suit.",
+)
+
+
+def merge_folder(
+    checkpoint_dir: Path,
+    adapter: Adapter,
+    out_dir: Path,
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Write base + adapter as a complete checkpoint folder, in `dtype` or the base's own; one tensor in memory."""
+    weights = Weights.from_folder(checkpoint_dir)
+    config, metas, scaling = weights.config, dict(weights.metas), adapter.settings.alpha / adapter.settings.r
+    adapted = {name.removesuffix(".lora_A") for name in adapter.state if name.endswith(".lora_A")}
+    if config.tie_embeddings and "lm_head" in adapted:  # the head gets a weight of its own
+        config.tie_embeddings = False
+        metas["lm_head.weight"] = metas["transformer.wte.weight"]
+    metas = {name: meta.to(dtype or meta.dtype) for name, meta in metas.items()}
+
+    def merge(owner: str, weight: torch.Tensor) -> torch.Tensor:
+        a, b = (adapter.state[f"{owner}.{factor}"] for factor in ("lora_A", "lora_B"))
+        return lora.merged_weight(weight, a, b, scaling)
+
+    def merged() -> Iterator[tuple[str, torch.Tensor]]:
+        for done, (name, tensor) in enumerate(weights, start=1):
+            owner = name.removesuffix(".weight")
+            yield name, merge(owner, tensor) if owner in adapted else tensor
+            if name == "transformer.wte.weight" and "lm_head.weight" in metas and "lm_head.weight" not in weights.metas:
+                yield "lm_head.weight", merge("lm_head", tensor)
+            progress(done, len(weights.metas))
+
+    files.save_streamed(out_dir / files.LIT_MODEL, metas, merged())
+    checkpoint.complete_folder(out_dir, config, checkpoint_dir, adapter.prompt_style)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Logits of the merged file against base + adapter, over all positions of a few prompts."""
+
+    max_difference: float
+    top1_agreement: float
+    effect: float  # mean |base + adapter - base|: what the adapter does
+    drift: float  # mean |merged - (base + adapter)|: what merging lost
+
+    @property
+    def problem(self) -> str | None:
+        """Why the merged file should not be trusted, if there is a reason."""
+        if self.effect == 0:
+            return "the adapter changes nothing: it was not trained, or its update is zero"
+        if self.drift >= self.effect / 2:
+            return (
+                f"rounding lost the update: the merged model is {self.drift / self.effect:.0%} of the adapter's effect "
+                "away from base + adapter; merge with --precision 32-true, or run the adapter unmerged"
+            )
+        return None
+
+
+@torch.inference_mode()
+def compare(checkpoint_dir: Path, lora_path: Path, merged_dir: Path, dtype: torch.dtype) -> Comparison:
+    """Run base, base + adapter and the merged file on a few prompts in `dtype`."""
+    adapter = Adapter.load(lora_path)
+    tokenizer, style = Tokenizer(checkpoint_dir), get_style(adapter.prompt_style)
+    prompts = [torch.tensor([tokenizer.encode(style(prompt, ""))]) for prompt in PROMPTS]
+
+    def logits(model: GPT) -> torch.Tensor:
+        limit = model.config.block_size
+        return torch.cat([model.eval()(prompt[:, :limit])[0] for prompt in prompts]).float()
+
+    model = checkpoint.load_model(checkpoint_dir, dtype)
+    base = logits(model)
+    adapter.attach(model, checkpoint_dir, lora_path)
+    unmerged = logits(model)
+    del model
+    merged = logits(checkpoint.load_model(merged_dir, dtype))
+    difference = (merged - unmerged).abs()
+    agreement = (merged.argmax(-1) == unmerged.argmax(-1)).float().mean()
+    return Comparison(
+        float(difference.max()), float(agreement), float((unmerged - base).abs().mean()), float(difference.mean())
+    )
