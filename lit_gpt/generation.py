@@ -78,12 +78,13 @@ def generate_batch(
     *,
     sampler: Callable[[torch.Tensor], torch.Tensor] = greedy,
     stop_ids: frozenset[int] = frozenset(),
+    ends: Callable[[int, int], bool] = lambda row, token: False,
     step: Step = decode_step,
 ) -> Iterator[list[int | None]]:
     """Continue several prompts at once; yields one list per step: each row's next token, None once it has stopped.
 
-    A stop token ends its row and is not yielded. Rows that have stopped are no longer computed. Raises ValueError for
-    an empty prompt, or one that leaves no room in the model's context.
+    A stop token ends its row and is not yielded; `ends(row, token)` ends a row after a token that is. Rows that have
+    stopped are no longer computed. Raises ValueError for an empty prompt, or one that fills the model's context.
     """
     block_size, longest = model.config.block_size, max(len(prompt) for prompt in prompts)
     if not all(prompts):
@@ -103,6 +104,7 @@ def generate_batch(
             out[running[place]] = drawn[place]
         if alive:
             yield out
+        alive = [place for place in alive if not ends(running[place], drawn[place])]
         if not alive or produced == max_new_tokens:
             return
         if len(alive) < len(running):

@@ -1,0 +1,210 @@
+"""A model behind lm-eval's interface: base, merged, or base with an adapter run unmerged. Needs lm-eval installed."""
+
+import fnmatch
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lm_eval import utils
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.tasks import TaskManager
+
+from lit_gpt.generation import Sampler, generate_batch, greedy
+from lit_gpt.inference import Assistant
+from lit_gpt.report import Progress
+
+OLD_NAMES = {  # the original's spelling -> today's; `*` on the left is carried over
+    "hendrycksTest-*": "mmlu_*",
+    "truthfulqa_mc": "truthfulqa_mc1,truthfulqa_mc2",
+    "truthfulqa_gen": "truthfulqa_gen",
+    "lambada": "lambada_openai",
+}
+Request = tuple[tuple[str, str], list[int], list[int]]
+
+
+def find_tasks(wanted: Sequence[str], manager: TaskManager) -> list[str]:
+    """Names and patterns (`arc_*`) as lm-eval's task names; the original's old names are mapped.
+
+    Raises ValueError for one that matches nothing.
+    """
+    found: list[str] = []
+    for name in wanted:
+        matches = fnmatch.filter(manager.all_tasks, name)
+        for old, new in OLD_NAMES.items():
+            if not matches and fnmatch.fnmatch(name, old):
+                tail = name[len(old) - 1 :] if old.endswith("*") else ""
+                today = "mmlu" if tail == "*" else new.replace("*", tail)
+                matches = [task for task in today.split(",") if task in manager.all_tasks]
+        if not matches:
+            raise ValueError(f"no task is named {name!r}; give --include_path for task files of your own")
+        found += [match for match in matches if match not in found]
+    return found
+
+
+class LitGPT(TemplateLM):
+    """lm-eval's three kinds of request on our model, batched; scores are those of lm-eval's own HF model."""
+
+    def __init__(self, assistant: Assistant, batch_size: int):
+        super().__init__()
+        self.assistant, self.batch_size = assistant, batch_size
+        self.model, self.codec = assistant.model, assistant.tokenizer
+        self.max_length = self.model.config.block_size
+        if self.codec.eos_id is None:
+            raise ValueError("the tokenizer has no end-of-text token, which evaluation needs")
+
+    @property
+    def eot_token_id(self) -> int:
+        assert self.codec.eos_id is not None
+        return self.codec.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.eot_token_id if self.codec.bos_id is None else self.codec.bos_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.codec.fingerprint
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        begins = self.codec.bos_id is not None and string.startswith(
+            self.codec.decode([self.codec.bos_id], skip_special=False)
+        )
+        return self.codec.encode(string, bos=False if begins else add_special_tokens)
+
+    @torch.inference_mode()
+    def _loglikelihood_tokens(
+        self, requests: list[Request], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """For each request the log probability of its continuation, and whether it is the likeliest one."""
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
+        with Progress("scoring", len(order), enabled=not disable_tqdm) as progress:
+            for start in range(0, len(order), self.batch_size):
+                chosen = order[start : start + self.batch_size]
+                for index, result in zip(chosen, self._score([requests[i] for i in chosen]), strict=True):
+                    results[index] = result
+                progress.update(start + len(chosen))
+        return results
+
+    def _score(self, requests: Sequence[Request]) -> Iterator[tuple[float, bool]]:
+        rows = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in requests]
+        tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row[:-1]) for row in rows], batch_first=True)
+        with self.assistant.autocast():
+            x = self.model.transformer(tokens.to(self.assistant.device), None, None)
+            # The head reads only the places whose next token is asked for.
+            spans = [
+                (len(row) - 1 - len(wanted), len(row) - 1) for row, (_, _, wanted) in zip(rows, requests, strict=True)
+            ]
+            logits = self.model.head(torch.cat([x[i, a:b] for i, (a, b) in enumerate(spans)]))
+        logprobs = F.log_softmax(logits.float(), dim=-1)
+        for part, (_, _, wanted) in zip(logprobs.split([b - a for a, b in spans]), requests, strict=True):
+            answer = torch.tensor(wanted, device=part.device)
+            total = part.gather(-1, answer[:, None]).sum()
+            yield float(total), bool((part.argmax(dim=-1) == answer).all())
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log probability of whole texts, in windows that do not overlap in what they score."""
+        windows: list[Request] = []
+        counts = []
+        for (text,) in (request.args for request in requests):
+            pairs = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            parts = [utils.make_disjoint_window(pair) for pair in pairs]
+            windows += [(("", ""), context, continuation) for context, continuation in parts]
+            counts.append(len(parts))
+        scores = iter(self._loglikelihood_tokens(windows, disable_tqdm))
+        return [sum(next(scores)[0] for _ in range(count)) for count in counts]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The continuation of each request up to its first stop string."""
+        arguments = [request.args for request in requests]
+        results = [""] * len(arguments)
+        groups: dict[str, list[int]] = {}
+        for index, (_, settings) in enumerate(arguments):
+            groups.setdefault(repr(settings), []).append(index)
+        with Progress("generating", len(arguments), enabled=not disable_tqdm) as progress:
+            done = 0
+            for group in groups.values():
+                group.sort(key=lambda i: -len(arguments[i][0]))
+                for start in range(0, len(group), self.batch_size):
+                    chosen = group[start : start + self.batch_size]
+                    texts = self._continue([arguments[i][0] for i in chosen], dict(arguments[chosen[0]][1]))
+                    for index, text in zip(chosen, texts, strict=True):
+                        results[index] = text
+                    done += len(chosen)
+                    progress.update(done)
+        return results
+
+    def _continue(self, contexts: Sequence[str], settings: dict[str, Any]) -> list[str]:
+        until = settings.get("until") or []
+        until = [until] if isinstance(until, str) else list(until)
+        max_new = int(settings.get("max_gen_toks") or settings.get("max_new_tokens") or 256)
+        room = self.max_length - max_new
+        if room < 1:
+            raise ValueError(f"max_gen_toks {max_new} leaves no room in the model's context of {self.max_length}")
+        sampler = greedy
+        if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
+            sampler = Sampler(settings.get("temperature", 1.0), settings.get("top_k"), settings.get("top_p", 1.0))
+        prompts = [self.tok_encode(context)[-room:] or [self.prefix_token_id] for context in contexts]
+        rows: list[list[int]] = [[] for _ in prompts]
+
+        def ends(row: int, token: int) -> bool:
+            text = self.codec.decode(rows[row])
+            return any(stop in text for stop in until)
+
+        with self.assistant.autocast():
+            for drawn in generate_batch(
+                self.model, prompts, max_new, sampler=sampler, stop_ids=frozenset({self.eot_token_id}), ends=ends
+            ):
+                for row, token in zip(rows, drawn, strict=True):
+                    if token is not None:
+                        row.append(token)
+        texts = [self.codec.decode(row) for row in rows]
+        for stop in filter(None, until):
+            texts = [text.split(stop, 1)[0] for text in texts]
+        return texts
+
+
+def evaluate(
+    assistant: Assistant,
+    tasks: Sequence[str],
+    *,
+    num_fewshot: int,
+    limit: float | None,
+    bootstrap_iters: int,
+    batch_size: int,
+    include_paths: Sequence[Path] = (),
+) -> dict[str, Any]:
+    """lm-eval's results of the tasks. Raises ValueError for a task that is not known."""
+    import lm_eval
+
+    manager = TaskManager(include_path=[str(path) for path in include_paths])
+    results = lm_eval.simple_evaluate(
+        LitGPT(assistant, batch_size),
+        tasks=find_tasks(tasks, manager),
+        num_fewshot=num_fewshot,
+        limit=limit,
+        bootstrap_iters=bootstrap_iters,
+        task_manager=manager,
+        log_samples=False,
+    )
+    assert isinstance(results, dict)
+    return {
+        "results": results["results"],
+        "versions": results.get("versions", {}),
+        "config": {
+            "model": assistant.model.config.name,
+            "batch_size": batch_size,
+            "device": str(assistant.device),
+            "num_fewshot": num_fewshot,
+            "limit": limit,
+            "bootstrap_iters": bootstrap_iters,
+        },
+    }
