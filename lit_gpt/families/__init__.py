@@ -15,3 +15,8 @@ def read_hf_config(hf: HFConfig) -> Config:
             return family.read(hf)
     known = sorted(name for family in FAMILIES.values() for name in family.model_types)
     raise ValueError(f"config.json: unknown model_type {model_type!r}; known are {', '.join(known)}")
+
+
+def preset_names() -> list[str]:
+    """Repositories whose architecture is known without a download."""
+    return [name for family in FAMILIES.values() for name in family.presets]

@@ -1,8 +1,8 @@
 """How a family is described: how its HF `config.json` reads and writes, and one table of weight names for both ways."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -64,6 +64,7 @@ class Family:
     write: Callable[[Config], HFConfig]
     rows: tuple[Row, ...]
     dropped: tuple[str, ...] = ()  # patterns of their names that hold nothing to load
+    presets: Mapping[str, HFConfig] = field(default_factory=dict)  # repository -> its config.json's telling keys
 
     def steps(self, config: Config, expected: Iterable[str]) -> list[Step]:
         """The steps that fill the `expected` names of ours; names that no row makes are left for the caller to miss."""
