@@ -93,6 +93,8 @@ class Weights:
 
     def __init__(self, source: TensorSource, config: Config):
         """Raises ValueError as `plan` does."""
+        if source.is_lit and "lm_head.weight" in source.metas:
+            config.tie_embeddings = False  # ours is stored only where it differs, whatever config was copied here
         self.source, self.config = source, config
         self.steps = plan(source, config)
         self.metas: dict[str, torch.Tensor] = dict(self._split(source.metas.__getitem__))

@@ -5,6 +5,7 @@ opens at once at any size: `tokens` (all rows end to end), `offsets` (n_rows + 1
 """
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,10 +84,9 @@ def split(records: Sequence[Record], test_fraction: float, seed: int) -> tuple[l
     if len(records) < 2:
         raise ValueError("at least two rows are needed: one to train on and one to test with")
     generator = torch.Generator().manual_seed(seed)
-    fractions = [1 - test_fraction, test_fraction]
-    parts = torch.utils.data.random_split(range(len(records)), fractions, generator)  # type: ignore[arg-type, var-annotated]
-    order = [index for part in parts for index in part.indices]
-    n_train = min(max(len(parts[0]), 1), len(records) - 1)
+    order = torch.randperm(len(records), generator=generator).tolist()
+    n_train = len(records) - math.floor(len(records) * test_fraction)
+    n_train = min(max(n_train, 1), len(records) - 1)
     return [records[i] for i in order[:n_train]], [records[i] for i in order[n_train:]]
 
 

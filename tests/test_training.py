@@ -1,0 +1,100 @@
+"""The loop's promises: a step does not depend on how rows are spread, and the schedule is what it says."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_gpt import checkpoint, lora, runtime
+from lit_gpt.args import TrainArgs
+from lit_gpt.data import PreparedSet
+from lit_gpt.lora import LoRASettings
+from lit_gpt.training import evaluate, learning_rate, micro_batches, permutation, step_rows, total_steps, train_step
+
+
+@pytest.fixture(scope="module")
+def fabric():
+    return runtime.launch(runtime.resolve_precision("32-true", training=True))
+
+
+def open_set(prepared: Path, *, mask: bool = True) -> PreparedSet:
+    return PreparedSet(prepared / "train.pt", mask_inputs=mask, max_length=512)
+
+
+def one_step(fabric, stories: Path, data: PreparedSet, **how: object) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and adapter after one optimizer step on the first 8 rows."""
+    model = checkpoint.load_model(stories, torch.float32)
+    torch.manual_seed(3)
+    lora.attach(model, LoRASettings(dropout=0.0, targets=("query", "value", "mlp")))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    wrapped, optimizer = fabric.setup(model, optimizer)
+    wrapped.train()
+    args = TrainArgs(global_batch_size=8, **how)  # type: ignore[arg-type]
+    result = train_step(fabric, wrapped, optimizer, list(micro_batches(data, range(8), args)), max_norm=0)
+    return float(result.loss / result.n_labels), lora.adapter_state(model)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_step_does_not_depend_on_micro_batches_or_padding(
+    fabric, stories: Path, prepared: Path, micro_batch_size: int, packing: bool
+):
+    data = open_set(prepared)
+    loss, state = one_step(fabric, stories, data, micro_batch_size=8, packing=False)
+    other_loss, other = one_step(fabric, stories, data, micro_batch_size=micro_batch_size, packing=packing)
+    assert other_loss == pytest.approx(loss, rel=1e-6)
+    for name, factor in state.items():
+        torch.testing.assert_close(other[name], factor, rtol=1e-4, atol=1e-7)
+    assert any(factor.any() for name, factor in state.items() if name.endswith("B"))
+
+
+def test_the_loss_is_that_of_plain_cross_entropy_on_the_answers(fabric, stories: Path, prepared: Path):
+    """Row by row, without batching, from the raw file."""
+    model = checkpoint.load_model(stories, torch.float32).eval()
+    raw = torch.load(prepared / "train.pt", weights_only=True)
+    total, count = 0.0, 0
+    for index in range(len(raw["prompt_lengths"])):
+        row = raw["tokens"][raw["offsets"][index] : raw["offsets"][index + 1]].long()
+        n_prompt = int(raw["prompt_lengths"][index])
+        with torch.no_grad():
+            logits = model(row[None])[0, n_prompt - 1 : -1]
+        total += float(torch.nn.functional.cross_entropy(logits, row[n_prompt:], reduction="sum"))
+        count += len(row) - n_prompt
+    wrapped = fabric.setup_module(model)
+    mean = evaluate(fabric, wrapped, open_set(prepared), TrainArgs(micro_batch_size=4), max_iters=100)
+    assert mean == pytest.approx(total / count, rel=1e-5)
+
+
+def test_every_row_once_per_epoch_in_an_order_of_the_seed() -> None:
+    args = TrainArgs(global_batch_size=4, epochs=3)
+    steps = list(step_rows(10, args, seed=1))
+    assert len(steps) == total_steps(10, args) == 9
+    for epoch in range(3):
+        rows = [row for e, batch in steps if e == epoch for row in batch]
+        assert sorted(rows) == list(range(10))
+    assert permutation(10, 1, 0) == permutation(10, 1, 0)
+    assert permutation(10, 1, 0) != permutation(10, 1, 1)
+    assert permutation(10, 1, 0) != permutation(10, 2, 0)
+
+
+def test_schedule_warms_up_to_the_peak_and_ends_low() -> None:
+    args = TrainArgs(learning_rate=1.0, min_lr=0.1, lr_warmup_steps=4)
+    rates = [learning_rate(step, 20, args) for step in range(20)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert 0.1 < rates[-1] < 0.12
+    assert learning_rate(20, 20, args) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(("n_steps", "warmup"), [(1, 0), (1, 1), (3, 3), (3, 10), (5, None)])
+def test_schedule_of_short_runs(n_steps: int, warmup: int | None) -> None:
+    args = TrainArgs(learning_rate=1.0, lr_warmup_steps=warmup)
+    assert all(0 < learning_rate(step, n_steps, args) <= 1 for step in range(n_steps))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"epochs": 0}, {"micro_batch_size": 0}, {"learning_rate": float("nan")}, {"max_steps": 0}]
+)
+def test_wrong_arguments_are_refused_by_name(wrong: dict) -> None:
+    with pytest.raises(ValueError, match=f"train.{next(iter(wrong))}"):
+        TrainArgs(**wrong)
