@@ -42,7 +42,8 @@ TASKS = {
     "metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]\n",
     "our_greedy": "output_type: generate_until\ndoc_to_text: q\ndoc_to_target: text\n"
     "process_results: !function u.keep\n"
-    "generation_kwargs: {until: ['.', 'He'], do_sample: false, max_gen_toks: 24}\nmetric_list: [{metric: hash, aggregation: mean, higher_is_better: true}]\n",
+    "generation_kwargs: {until: ['.', 'He'], do_sample: false, max_gen_toks: 24}\n"
+    "metric_list: [{metric: hash, aggregation: mean, higher_is_better: true}]\n",
 }
 
 

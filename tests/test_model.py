@@ -96,5 +96,5 @@ def test_nothing_labelled_costs_nothing(tmp_path: Path) -> None:
     tokens = torch.randint(0, 101, (1, 5))
     loss = model(tokens, labels=torch.full_like(tokens, IGNORE_INDEX))
     loss.backward()
-    assert float(loss) == 0
+    assert loss.item() == 0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
