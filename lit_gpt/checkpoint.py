@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -58,6 +58,9 @@ def plan(source: TensorSource, config: Config) -> list[Step]:
     """
     expected, is_lit, family = parameter_metas(hollow(config)), source.is_lit, FAMILIES[config.family]
     steps = [Step(name, (name,)) for name in expected] if is_lit else family.steps(config, expected)
+    prefix = "" if is_lit else family.base_prefix
+    if prefix and not any(name.startswith(prefix) for name in source.metas):  # saved without the head
+        steps = [replace(step, theirs=step.theirs.removeprefix(prefix)) for step in steps]
     read = {step.theirs for step in steps}
     missing = sorted(read - set(source.metas)) + sorted(set(expected) - {name for step in steps for name in step.ours})
     ignored = {"lm_head.weight", "embed_out.weight"} if config.tie_embeddings else set()

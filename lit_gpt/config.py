@@ -63,6 +63,7 @@ class Config:
 
     n_expert: int = 0
     n_expert_per_token: int = 0
+    expert_size: int = 0  # an expert's inner size; 0: intermediate_size
     expert_norm_topk: bool = True  # the chosen experts' weights sum to 1
     moe_layers: list[bool] | None = None  # which layers have experts; None: all, when n_expert > 0
 
@@ -70,6 +71,7 @@ class Config:
         self.n_query_groups = self.n_query_groups or self.n_head
         self.head_size = self.head_size or self.n_embd // self.n_head
         self.intermediate_size = self.intermediate_size or 4 * self.n_embd
+        self.expert_size = self.expert_size or self.intermediate_size
         for name in ("n_layer", "n_head", "n_query_groups", "n_embd", "head_size", "vocab_size", "block_size"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a positive whole number, not {getattr(self, name)!r}")
@@ -85,6 +87,12 @@ class Config:
     def scale(self) -> float:
         return self.head_size**-0.5 if self.attention_scale is None else self.attention_scale
 
+    @property
+    def rotation_change(self) -> int | None:
+        """The length beyond which all positions are rotated otherwise (LongRoPE's two lists of factors)."""
+        scaling = self.rope_scaling or {}
+        return scaling["original_max_position_embeddings"] if scaling.get("rope_type") == "longrope" else None
+
     def window(self, layer: int) -> int | None:
         """How many positions, its own included, a token of this layer may look back to; None: all."""
         slides = self.sliding_layers is None or self.sliding_layers[layer]
@@ -95,6 +103,13 @@ class Config:
 
     def has_experts(self, layer: int) -> bool:
         return self.n_expert > 0 and (self.moe_layers is None or self.moe_layers[layer])
+
+    @classmethod
+    def from_name(cls, name: str) -> "Config":
+        """The architecture of a known repository, such as `pythia-160m` or `meta-llama/Llama-2-7b-hf`."""
+        from lit_gpt.families import preset
+
+        return preset(name)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Config":

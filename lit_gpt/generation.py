@@ -95,7 +95,7 @@ def generate_batch(
     device = model.transformer.wte.weight.device
     cache = KVCache(model.config.n_layer, len(prompts), longest + max_new_tokens)
     logits = prefill(model, prompts, cache, device)
-    running = list(range(len(prompts)))
+    running, rows = list(range(len(prompts))), [list(prompt) for prompt in prompts]
     for produced in range(1, max_new_tokens + 1):
         drawn = sampler(logits).tolist()
         out: list[int | None] = [None] * len(prompts)
@@ -110,6 +110,12 @@ def generate_batch(
         if len(alive) < len(running):
             cache.select(alive)
             running, drawn = [running[place] for place in alive], [drawn[place] for place in alive]
+        for row, token in zip(running, drawn, strict=True):
+            rows[row].append(token)
+        if max(cache.lengths) == model.config.rotation_change:  # what is cached was rotated for shorter texts
+            cache = KVCache(model.config.n_layer, len(running), cache.capacity)
+            logits = prefill(model, [rows[row] for row in running], cache, device)
+            continue
         logits = step(model, torch.tensor(drawn, device=device)[:, None], cache)
 
 

@@ -190,11 +190,12 @@ class PlainMLP(nn.Module):
 class GatedMLP(nn.Module):
     """The gated linear unit of Shazeer 2020 (arXiv:2002.05202)."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, size: int | None = None):
         super().__init__()
-        self.gate = nn.Linear(config.n_embd, config.intermediate_size, bias=config.mlp_bias)
-        self.up = nn.Linear(config.n_embd, config.intermediate_size, bias=config.mlp_bias)
-        self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.mlp_bias)
+        size = config.intermediate_size if size is None else size
+        self.gate = nn.Linear(config.n_embd, size, bias=config.mlp_bias)
+        self.up = nn.Linear(config.n_embd, size, bias=config.mlp_bias)
+        self.proj = nn.Linear(size, config.n_embd, bias=config.mlp_bias)
         self.activation = ops.ACTIVATIONS[config.activation]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -207,7 +208,7 @@ class MoE(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.router = nn.Linear(config.n_embd, config.n_expert, bias=False)
-        self.experts = nn.ModuleList(GatedMLP(config) for _ in range(config.n_expert))
+        self.experts = nn.ModuleList(GatedMLP(config, config.expert_size) for _ in range(config.n_expert))
         self.n_chosen, self.norm_topk = config.n_expert_per_token, config.expert_norm_topk
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

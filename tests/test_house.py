@@ -17,7 +17,7 @@ MAY_IMPORT = {  # what a room may import of the package; those not named see eve
     "args": set(),
     "cache": set(),
     "cli": set(),
-    "config": set(),
+    "config": {"families"},  # inside from_name only
     "files": set(),
     "ops": set(),
     "prompts": set(),

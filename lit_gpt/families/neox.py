@@ -62,5 +62,51 @@ def write(config: Config) -> HFConfig:
     }
 
 
+def _size(hidden: int, layers: int, heads: int, vocab: int = 50304, length: int = 2048, **more: object) -> HFConfig:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "vocab_size": vocab,
+        "max_position_embeddings": length,
+        "hidden_act": "gelu",
+        "rotary_pct": 0.25,
+        **more,
+    }
+
+
+_PYTHIA = {
+    "70m": _size(512, 6, 8),
+    "160m": _size(768, 12, 12),
+    "410m": _size(1024, 24, 16),
+    "1b": _size(2048, 16, 8),
+    "1.4b": _size(2048, 24, 16),
+    "2.8b": _size(2560, 32, 32),
+    "6.9b": _size(4096, 32, 32, 50432),
+    "12b": _size(5120, 36, 40, 50688),
+}
+_INCITE: HFConfig = {"rotary_pct": 1.0, "use_parallel_residual": False}
+_INCITE_3B, _INCITE_7B = _size(2560, 32, 32, 50432, **_INCITE), _size(4096, 32, 32, 50432, **_INCITE)
+_ALPHA_3B, _ALPHA_7B = _size(4096, 16, 32, 50688, 4096), _size(6144, 16, 48, 50432, 4096)
+_CODE = _size(2560, 32, 32, 49152, 4096)
+_DOLLY_3B = _size(2560, 32, 32, 50280)
+
+PRESETS: dict[str, HFConfig] = {
+    "stabilityai/stablelm-base-alpha-3b": _ALPHA_3B,
+    "stabilityai/stablelm-base-alpha-7b": _ALPHA_7B,
+    "stabilityai/stablelm-tuned-alpha-3b": _ALPHA_3B,
+    "stabilityai/stablelm-tuned-alpha-7b": _ALPHA_7B,
+    "stabilityai/stablecode-completion-alpha-3b": {**_CODE, "max_position_embeddings": 16384},
+    "stabilityai/stablecode-completion-alpha-3b-4k": _CODE,
+    "stabilityai/stablecode-instruct-alpha-3b": _CODE,
+    "EleutherAI/pythia-14m": _size(128, 6, 4, length=512),
+    "EleutherAI/pythia-31m": _size(256, 6, 8, length=1024),
+    **{f"EleutherAI/pythia-{size}{end}": shape for size, shape in _PYTHIA.items() for end in ("", "-deduped")},
+    **{f"togethercomputer/RedPajama-INCITE-{kind}-3B-v1": _INCITE_3B for kind in ("Base", "Chat", "Instruct")},
+    **{f"togethercomputer/RedPajama-INCITE-7B-{kind}": _INCITE_7B for kind in ("Base", "Chat", "Instruct")},
+    **{f"togethercomputer/RedPajama-INCITE-{kind}-7B-v0.1": _INCITE_7B for kind in ("Base", "Chat", "Instruct")},
+    "databricks/dolly-v2-3b": _DOLLY_3B,
+}
 DROPPED = (r"rotary_emb\.inv_freq$", r"attention\.bias$", r"attention\.masked_bias$")
-FAMILY = Family("neox", ("gpt_neox",), read, write, ROWS, DROPPED)
+FAMILY = Family("neox", ("gpt_neox",), read, write, ROWS, DROPPED, PRESETS)

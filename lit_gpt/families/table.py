@@ -65,6 +65,7 @@ class Family:
     rows: tuple[Row, ...]
     dropped: tuple[str, ...] = ()  # patterns of their names that hold nothing to load
     presets: Mapping[str, HFConfig] = field(default_factory=dict)  # repository -> its config.json's telling keys
+    base_prefix: str = ""  # begins their names, except in files that were saved without the head
 
     def steps(self, config: Config, expected: Iterable[str]) -> list[Step]:
         """The steps that fill the `expected` names of ours; names that no row makes are left for the caller to miss."""
@@ -116,12 +117,46 @@ def read_sizes(hf: HFConfig) -> dict[str, Any]:
         "head_size": hf.get("head_dim") or 0,
         "intermediate_size": hf.get("intermediate_size") or 0,
         "vocab_size": require(hf, "vocab_size"),
-        "block_size": require(hf, "max_position_embeddings"),
+        "block_size": _context(hf),
+    }
+
+
+def _context(hf: HFConfig) -> int:
+    """The longest text that the model is for; with dynamic scaling that is `factor` times the stated one."""
+    stated: int = require(hf, "max_position_embeddings")
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    dynamic = (rope.get("rope_type") or rope.get("type")) == "dynamic"
+    return int(stated * rope["factor"]) if dynamic else stated
+
+
+def read_sliding(
+    hf: HFConfig, n_layer: int, *, on: bool, slides: Callable[[int], bool] | None = None
+) -> dict[str, Any]:
+    """The window and the layers that it holds for: `layer_types` (transformers 5), else `slides`, else Qwen2's rule."""
+    window = hf.get("sliding_window") if on else None
+    if window is None:
+        return {"sliding_window": None, "sliding_layers": None}
+    first = hf.get("max_window_layers", 0)
+    layers = [kind == "sliding_attention" for kind in hf.get("layer_types") or []]
+    layers = layers or [slides(i) if slides else i >= first for i in range(n_layer)]
+    return {"sliding_window": window, "sliding_layers": None if all(layers) else layers}
+
+
+def write_sliding(config: Config) -> HFConfig:
+    """The reverse of `read_sliding`."""
+    windows = [config.window(layer) for layer in range(config.n_layer)]
+    return {
+        "sliding_window": config.sliding_window,
+        "use_sliding_window": config.sliding_window is not None,
+        "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
     }
 
 
 def write_sizes(config: Config) -> HFConfig:
     """The keys that nearly every family spells alike."""
+    scaling = config.rope_scaling or {}
+    dynamic = scaling.get("rope_type") == "dynamic"
+    stated = scaling["original_max_position_embeddings"] if dynamic else config.block_size
     return {
         "hidden_size": config.n_embd,
         "intermediate_size": config.intermediate_size,
@@ -130,7 +165,7 @@ def write_sizes(config: Config) -> HFConfig:
         "num_key_value_heads": config.n_query_groups,
         "head_dim": config.head_size,
         "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.block_size,
+        "max_position_embeddings": stated,
         "tie_word_embeddings": config.tie_embeddings,
     }
 
@@ -151,6 +186,8 @@ def read_rope(hf: HFConfig, parameters: HFConfig | None = None, fraction: float 
         raise ValueError(f"config.json: unknown rope_type {rope['rope_type']!r}; known are {sorted(SCALINGS)}")
     if rope["rope_type"] != "default" and hf.get("original_max_position_embeddings"):
         rope.setdefault("original_max_position_embeddings", hf["original_max_position_embeddings"])
+    if rope["rope_type"] == "dynamic":  # made for longer texts than max_position_embeddings, which is the old context
+        rope.setdefault("original_max_position_embeddings", require(hf, "max_position_embeddings"))
     scaling = None if rope["rope_type"] == "default" else rope
     return {"rope_base": float(base), "rope_scaling": scaling, "rotary_percentage": float(fraction)}
 
@@ -196,3 +233,8 @@ def qkv(prefix: str, leaf: str = "{p}") -> tuple[str, ...]:
 
 def rows(*pairs: Sequence[Any]) -> tuple[Row, ...]:
     return tuple(Row(*pair) for pair in pairs)
+
+
+def without(table: Sequence[Row], *words: str) -> tuple[Row, ...]:
+    """The rows whose names, theirs and ours, have none of the words in them."""
+    return tuple(row for row in table if not any(word in f"{row.theirs} {row.ours}" for word in words))
