@@ -4,7 +4,7 @@ import torch
 
 from lit_gpt.config import Config
 from lit_gpt.families.table import (
-    HF_ACTIVATIONS,
+    OLD_HF_ACTIVATIONS,
     PLAIN,
     STACKED_QKV,
     Family,
@@ -77,7 +77,7 @@ def write(config: Config) -> HFConfig:
         "n_inner": config.intermediate_size,
         "n_positions": config.block_size,
         "vocab_size": config.vocab_size,
-        "activation_function": {"gelu_tanh": "gelu_new"}.get(config.activation, HF_ACTIVATIONS[config.activation]),
+        "activation_function": OLD_HF_ACTIVATIONS[config.activation],
         "layer_norm_epsilon": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
     }

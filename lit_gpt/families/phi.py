@@ -2,7 +2,7 @@
 
 from lit_gpt.config import Config
 from lit_gpt.families.table import (
-    HF_ACTIVATIONS,
+    OLD_HF_ACTIVATIONS,
     Family,
     HFConfig,
     read_activation,
@@ -56,7 +56,7 @@ def write(config: Config) -> HFConfig:
         **write_sizes(config),
         **write_rope(config),
         "partial_rotary_factor": config.rotary_percentage,
-        "hidden_act": HF_ACTIVATIONS[config.activation],
+        "hidden_act": OLD_HF_ACTIVATIONS[config.activation],
         "layer_norm_eps": config.norm_eps,
     }
 

@@ -89,6 +89,7 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 HF_ACTIVATIONS = {"silu": "silu", "relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+OLD_HF_ACTIVATIONS = {**HF_ACTIVATIONS, "gelu_tanh": "gelu_new"}  # how GPT-2 and Phi spell, and compute, the same
 
 
 def require(hf: HFConfig, *keys: str) -> Any:
