@@ -53,6 +53,7 @@ def write_gguf(
     tokenizer: dict[str, Any] = BYTE_LEVEL,
     extra: dict[str, Any] | None = None,
     factors: torch.Tensor | None = None,
+    tied: bool = True,
     endian: gguf.GGUFEndian = gguf.GGUFEndian.LITTLE,
 ) -> Path:
     """A random two-layer Llama; the matrices are of every kind that a real file mixes."""
@@ -82,6 +83,8 @@ def write_gguf(
     kinds = gguf.GGMLQuantizationType
     add("token_embd.weight", len(tokenizer["tokens"]), WIDTH, kind=kinds.Q8_0)
     add("output_norm.weight", WIDTH)
+    if not tied:
+        add("output.weight", len(tokenizer["tokens"]), WIDTH, kind=kinds.Q8_0)
     if factors is not None:
         writer.add_tensor("rope_freqs.weight", factors.numpy())
     for i in range(LAYERS):
@@ -108,16 +111,17 @@ def as_llama_cpp_stores(weight: torch.Tensor, n_head: int) -> torch.Tensor:
     return weight[rows]
 
 
-def test_tensors_and_config_equal_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tied", [True, False])
+def test_tensors_and_config_equal_transformers(tmp_path: Path, tied: bool) -> None:
     from transformers import AutoModelForCausalLM
 
-    path = write_gguf(tmp_path / "m.gguf")
+    path = write_gguf(tmp_path / "m.gguf", tied=tied)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
     state = theirs.state_dict()
     own = {"o_proj": torch.float16, "up_proj": torch.bfloat16}  # 16-bit tensors stay so
     with open_gguf(path) as source:
         tensors = dict(source.tensors())
-        assert set(tensors) == set(source.metas) == set(state) - {"lm_head.weight"}
+        assert set(tensors) == set(source.metas) == set(state) - ({"lm_head.weight"} if tied else set())
         for name, tensor in tensors.items():
             assert tensor.dtype == source.metas[name].dtype == own.get(name.split(".")[-2], torch.float32)
             assert tensor.shape == source.metas[name].shape
@@ -127,7 +131,7 @@ def test_tensors_and_config_equal_transformers(tmp_path: Path) -> None:
         ours.norm_eps = expected.norm_eps = 0.0  # theirs keeps the float32 rounding
         ours.name = expected.name = ""
         assert ours == expected
-        assert source.hf_config["tie_word_embeddings"]
+        assert source.hf_config["tie_word_embeddings"] is tied
         assert source.generation_config == {"bos_token_id": 0, "eos_token_id": 0}
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -101,3 +102,26 @@ def test_the_flags_are_the_frozen_ones() -> None:
     if os.environ.get("UPDATE_FLAGS"):
         FLAGS.write_text(text)
     assert text == FLAGS.read_text()
+
+
+def test_the_readme_lists_the_families_of_the_package() -> None:
+    """UPDATE_README=1 writes the table."""
+    from lit_gpt.families import table
+
+    path = ROOT / "README.md"
+    text = path.read_text(encoding="utf-8")
+    start, rest = text.split("lit_gpt.families.table() -->\n", 1)
+    _, end = rest.split("<!-- end of families", 1)
+    expected = f"{start}lit_gpt.families.table() -->\n\n{table()}\n\n<!-- end of families{end}"
+    if os.environ.get("UPDATE_README"):
+        path.write_text(expected, encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == expected
+
+
+@pytest.mark.parametrize("path", [*sorted((ROOT / "tutorials").glob("*.md")), ROOT / "README.md"], ids=lambda p: p.name)
+def test_links_and_scripts_that_the_guides_name_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert link.startswith("http") or (path.parent / link).exists(), link
+    for script in re.findall(r"python ((?:scripts|finetune|generate|eval|benchmarks)/\w+\.py)", text):
+        assert (ROOT / script).is_file() or script == "scripts/prepare_mydata.py", script

@@ -41,6 +41,19 @@ def test_ids_and_text_equal_the_librarys(file: Path) -> None:
 
 
 @pytest.mark.skipif(not REAL, reason=f"the real tokenizers are not here: {SHARED}")
+@pytest.mark.parametrize("file", REAL, ids=lambda file: file.parent.name)
+def test_sequences_begin_and_end_as_transformers_do(file: Path) -> None:
+    from transformers import AutoTokenizer
+
+    theirs, ours = AutoTokenizer.from_pretrained(file.parent), Tokenizer(file.parent)
+    ids = theirs("Hello")["input_ids"]  # one word, on which AutoTokenizer's rebuilt tokenizers agree with their files
+    assert ours.encode("Hello") == ids
+    if theirs.eos_token_id is not None and (file.parent / "tokenizer_config.json").is_file():
+        assert ours.eos_id == theirs.eos_token_id
+        assert ours.bos_id == theirs.bos_token_id
+
+
+@pytest.mark.skipif(not REAL, reason=f"the real tokenizers are not here: {SHARED}")
 @pytest.mark.parametrize("name", VECTORS)
 def test_ids_equal_llama_cpps_vectors(name: str) -> None:
     folder = SHARED / "tokenizers" / "vectors"

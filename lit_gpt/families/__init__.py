@@ -1,5 +1,7 @@
 """One file per model family. Adding a family is adding a file here and a line to `FAMILIES`."""
 
+import sys
+
 from lit_gpt.config import Config
 from lit_gpt.families import (
     falcon,
@@ -82,3 +84,15 @@ def preset(name: str) -> Config:
     raise ValueError(
         f"no preset is named {name!r}; near it are {', '.join(near) or 'none'}; scripts/download.py lists all"
     )
+
+
+def table() -> str:
+    """The families as a Markdown table, for the README: a row per file."""
+    by_file: dict[str, list[Family]] = {}
+    for family in FAMILIES.values():
+        by_file.setdefault(str(sys.modules[family.read.__module__].__doc__).strip(), []).append(family)
+    lines = ["| family | `model_type` in config.json | known names |", "|---|---|---|"]
+    for description, families in by_file.items():
+        types = ", ".join(name for family in families for name in family.model_types)
+        lines.append(f"| {description.rstrip('.')} | {types} | {sum(len(family.presets) for family in families)} |")
+    return "\n".join(lines)
