@@ -13,6 +13,7 @@ def main(
     checkpoint_dir: Path,
     lora_path: Path | None = None,
     precision: str | None = None,
+    quantize: str | None = None,
     eval_tasks: list[str] = DEFAULT_TASKS,
     include_path: Path | None = None,
     save_filepath: Path | None = None,
@@ -27,6 +28,7 @@ def main(
         checkpoint_dir: The model, or the base of the adapter.
         lora_path: A LoRA adapter, run unmerged on its base.
         precision: bf16-true, 16-true, 32-true or a mixed one; the default is the best that this machine has.
+        quantize: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8; by default what the adapter was trained on.
         eval_tasks: Task names or patterns, as "[arc_easy,piqa]"; the original's old names are understood.
         include_path: Folder with task files of your own.
         save_filepath: Where the results go as JSON.
@@ -51,7 +53,7 @@ def main(
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     results = evaluation.evaluate(
-        Assistant(checkpoint_dir, precision, lora_path),
+        Assistant(checkpoint_dir, precision, lora_path, quantize),
         eval_tasks,
         num_fewshot=num_fewshot,
         limit=limit,

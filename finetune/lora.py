@@ -11,6 +11,7 @@ def main(
     checkpoint_dir: Path = Path("checkpoints/stabilityai/stablelm-base-alpha-3b"),
     out_dir: Path = Path("out/lora/alpaca"),
     precision: str | None = None,
+    quantize: str | None = None,
     lora_r: int = 8,
     lora_alpha: float = 16,
     lora_dropout: float = 0.05,
@@ -28,13 +29,12 @@ def main(
 ) -> None:
     """Fine-tune a model with LoRA.
 
-    The adapter is written to OUT_DIR/lit_model_lora_finetuned.pth with everything that the next script must know of it.
-
     Args:
         data_dir: Folder that a prepare script wrote.
         checkpoint_dir: The base: a converted folder, or one that holds only HF files.
         out_dir: Where adapter, metrics and report go.
         precision: bf16-mixed, bf16-true, 16-mixed, 16-true or 32-true; the default is the best that this machine has.
+        quantize: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8: keep the frozen weights in 4 or 8 bits.
         lora_r: Rank of the update.
         lora_alpha: The update is scaled by alpha / r.
         lora_dropout: Share of a layer's inputs that its update does not see while training.
@@ -52,24 +52,27 @@ def main(
     """
     settings = dict(locals())  # what --config reads back
 
-    from lit_gpt import checkpoint, lora, runtime
+    from lit_gpt import checkpoint, lora, quantization, runtime
     from lit_gpt.finetuning import Job
     from lit_gpt.training import Run
 
     targets = {name: settings[f"lora_{name}"] for name in lora.TARGETS}
     adapter = lora.LoRASettings.from_flags(lora_r, lora_alpha, lora_dropout, **targets)
     kind = runtime.resolve_precision(precision, training=True)
+    bits = quantization.resolve(quantize)
     job = Job(data_dir, checkpoint_dir, out_dir, train, eval, {**settings, "precision": kind.name})
     fabric = runtime.launch(kind, devices, num_nodes)
     fabric.seed_everything(seed, verbose=False)
-    model = checkpoint.load_model(checkpoint_dir, kind.frozen, norm_dtype=kind.trained, device=fabric.device)
+    model = checkpoint.load_model(
+        checkpoint_dir, kind.frozen, norm_dtype=kind.trained, device=fabric.device, quantize=bits
+    )
     lora.attach(model, adapter)
     base = checkpoint.fingerprint(checkpoint_dir)
 
     def save(path: Path, run: Run) -> None:
         told = {"base_name": model.config.name, "base_fingerprint": base, "prompt_style": job.meta["prompt_style"]}
         state = lora.adapter_state(model)
-        checkpoint.Adapter(state, adapter, **told, precision=kind.name, quantize=None, step=run.step).save(path)
+        checkpoint.Adapter(state, adapter, **told, precision=kind.name, quantize=bits, step=run.step).save(path)
 
     job.run(fabric, model, save, checkpoint.files.ADAPTER)
 

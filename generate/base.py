@@ -15,6 +15,7 @@ def main(
     temperature: float = 0.8,
     checkpoint_dir: Path = Path("checkpoints/stabilityai/stablelm-base-alpha-3b"),
     precision: str | None = None,
+    quantize: str | None = None,
     prompt_style: str | None = None,
     seed: int = 1234,
 ) -> None:
@@ -32,6 +33,7 @@ def main(
         temperature: Below 1 bolder choices are rarer; 0 always takes the likeliest token.
         checkpoint_dir: The model.
         precision: bf16-true, 16-true, 32-true or a mixed one; the default is the best that this machine has.
+        quantize: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8: keep the frozen weights in 4 or 8 bits.
         prompt_style: Template around the prompt; by default the one that the model was fine-tuned with, else none.
         seed: Of the sampling.
     """
@@ -41,7 +43,7 @@ def main(
     from lit_gpt.inference import Assistant
     from lit_gpt.prompts import get_style
 
-    assistant = Assistant(checkpoint_dir, precision)
+    assistant = Assistant(checkpoint_dir, precision, quantize=quantize)
     text = get_style(prompt_style or assistant.prompt_style or "plain")(prompt, input)
     sampler = Sampler(temperature, top_k, top_p, torch.Generator(assistant.device).manual_seed(seed))
     for number in range(1, num_samples + 1):

@@ -16,6 +16,7 @@ def main(
     top_p: float = 1.0,
     temperature: float = 0.8,
     precision: str | None = None,
+    quantize: str | None = None,
     seed: int = 1234,
 ) -> None:
     """Answer with a base and its LoRA adapter, which is run unmerged.
@@ -34,6 +35,7 @@ def main(
         top_p: Draw from the likeliest tokens that together have this probability.
         temperature: Below 1 bolder choices are rarer; 0 always takes the likeliest token.
         precision: bf16-true, 16-true, 32-true or a mixed one; the default is the best that this machine has.
+        quantize: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8; by default what the adapter was trained on.
         seed: Of the sampling.
     """
     import torch
@@ -42,7 +44,7 @@ def main(
     from lit_gpt.inference import Assistant
     from lit_gpt.prompts import get_style
 
-    assistant = Assistant(checkpoint_dir, precision, lora_path)
+    assistant = Assistant(checkpoint_dir, precision, lora_path, quantize)
     text = get_style(assistant.prompt_style or "alpaca")(prompt, input)
     sampler = Sampler(temperature, top_k, top_p, torch.Generator(assistant.device).manual_seed(seed))
     for number in range(1, num_samples + 1):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lit_gpt import files, lora
+from lit_gpt import files, lora, quantization, surgery
 from lit_gpt.config import Config
 from lit_gpt.families import FAMILIES, read_hf_config
 from lit_gpt.families.table import Step
@@ -121,22 +121,79 @@ def load_model(
     *,
     norm_dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    quantize: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> GPT:
     """The model of a checkpoint folder, frozen, filled tensor by tensor.
 
-    Weights get `dtype`, those of the norms `norm_dtype` (default: the same). Raises ValueError as `plan` does.
+    Weights get `dtype`, those of the norms `norm_dtype` (default: the same); with `quantize`, one of
+    `quantization.KINDS`, each linear layer is quantized as its weight arrives: no more than one is there in full.
+    `progress` hears the tensors placed and those to place. Raises ValueError as `plan` does.
     """
+    norm_dtype = norm_dtype or dtype
+    if quantize and _is_current(folder, quantize):
+        return _load_quantized(folder, dtype, norm_dtype, device, quantize)
     weights = Weights.from_folder(folder)
     model = hollow(weights.config)
-    norms = {name for name, module in model.named_modules() if isinstance(module, tuple(NORMS.values()))}
-    for name, tensor in weights:
+    for done, (name, tensor) in enumerate(weights, start=1):
         owner, leaf = name.rsplit(".", 1)
-        kind = norm_dtype if norm_dtype is not None and owner in norms else dtype
-        # Where nothing changes the file stays mapped: pages are read when they are used, and never written back.
-        placed = tensor.to(device, kind)
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(placed, requires_grad=False))
+        if quantize and leaf == "weight" and quantization.quantizable(owner, model.get_submodule(owner)):
+            surgery.put(model, owner, quantization.quantize(tensor.to(device), quantize))
+        else:
+            _place(model, name, tensor, dtype, norm_dtype, device)
+        progress(done, len(weights.metas))
     model.tie()
     return model
+
+
+def _place(
+    model: GPT, name: str, tensor: torch.Tensor, dtype: torch.dtype, norm_dtype: torch.dtype, device: torch.device | str
+) -> None:
+    owner, leaf = name.rsplit(".", 1)
+    module = model.get_submodule(owner)
+    if isinstance(module, quantization.QuantizedLinear) and leaf != "bias":
+        module.load(leaf, tensor.to(device))
+        return
+    # Where nothing changes the file stays mapped: pages are read when they are used, and never written back.
+    placed = tensor.to(device, norm_dtype if isinstance(module, tuple(NORMS.values())) else dtype)
+    setattr(module, leaf, nn.Parameter(placed, requires_grad=False))
+
+
+def save_quantized(folder: Path, quantize: str, progress: Callable[[int, int], None]) -> Path:
+    """Keep the quantized weights beside the checkpoint, for an instant start; the file may be deleted at any time."""
+    model = load_model(folder, torch.bfloat16, norm_dtype=torch.float32, quantize=quantize, progress=progress)
+    state = model.state_dict()
+    if model.config.tie_embeddings:
+        del state["lm_head.weight"]
+    path = folder / files.quantized_name(quantize)
+    files.save(path, {"made_from": _made_from(folder), "weights": dict(state)})
+    return path
+
+
+def _load_quantized(
+    folder: Path, dtype: torch.dtype, norm_dtype: torch.dtype, device: torch.device | str, quantize: str
+) -> GPT:
+    model = hollow(load_config(folder))
+    state = files.load_dict(folder / files.quantized_name(quantize), mmap=True)["weights"]
+    model.config.tie_embeddings = "lm_head.weight" not in state
+    for owner, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and quantization.quantizable(owner, module):
+            surgery.put(model, owner, quantization.empty(module.in_features, module.out_features, quantize))
+    for name, tensor in state.items():
+        _place(model, name, tensor, dtype, norm_dtype, device)
+    model.tie()
+    return model
+
+
+def _made_from(folder: Path) -> list[list[str | int]]:
+    """What the weights' files look like: changes when they do."""
+    stats = [(file.name, file.stat()) for file in FolderSource(folder).files]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+
+def _is_current(folder: Path, quantize: str) -> bool:
+    path = folder / files.quantized_name(quantize)
+    return path.is_file() and files.load_dict(path, mmap=True).get("made_from") == _made_from(folder)
 
 
 def unfreeze(model: GPT) -> None:

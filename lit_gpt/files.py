@@ -46,6 +46,11 @@ def periodic_name(iteration: int) -> str:
     return f"iter-{iteration:06d}-ckpt.pth"
 
 
+def quantized_name(kind: str) -> str:
+    """Name of the quantized weights that may lie beside a checkpoint; the number is the layout's version."""
+    return f"quantized-{kind}-v1.pth"
+
+
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
-from lit_gpt import checkpoint
+from lit_gpt import checkpoint, quantization
 from lit_gpt.checkpoint import Adapter
 from lit_gpt.generation import generate
 from lit_gpt.model import GPT
+from lit_gpt.report import Progress
 from lit_gpt.runtime import Precision, device_of_this_machine, peak_memory_gb, resolve_precision
 from lit_gpt.tokenizer import Tokenizer
 
@@ -19,19 +20,35 @@ from lit_gpt.tokenizer import Tokenizer
 class Assistant:
     """A model ready to answer: base, merged, or base with an adapter run unmerged; nothing has to be said twice."""
 
-    def __init__(self, checkpoint_dir: Path, precision: str | None = None, lora_path: Path | None = None):
+    def __init__(
+        self,
+        checkpoint_dir: Path,
+        precision: str | None = None,
+        lora_path: Path | None = None,
+        quantize: str | None = None,
+    ):
+        """`quantize` defaults to what the adapter was trained on."""
         adapter = Adapter.load(lora_path) if lora_path is not None else None
+        kind = quantization.resolve(quantize or (adapter.quantize if adapter is not None else None))
         self.precision: Precision = resolve_precision(precision, training=False)
         self.device = device_of_this_machine()
         self.tokenizer = Tokenizer(checkpoint_dir)
-        self.model: GPT = checkpoint.load_model(
-            checkpoint_dir, self.precision.frozen, norm_dtype=self.precision.trained, device=self.device
-        )
+        with Progress("loading", 1) as progress:
+            self.model: GPT = checkpoint.load_model(
+                checkpoint_dir,
+                self.precision.frozen,
+                norm_dtype=self.precision.trained,
+                device=self.device,
+                quantize=kind,
+                progress=lambda done, total: progress.update(done / total),
+            )
         self.prompt_style = checkpoint.prompt_style(checkpoint_dir)
         if adapter is not None and lora_path is not None:
             adapter.attach(self.model, checkpoint_dir, lora_path)
             self.prompt_style = adapter.prompt_style
         self.model.eval()
+        if kind is not None and self.precision.frozen == torch.bfloat16:
+            quantization.pack_for_decoding(self.model)  # this process only runs the model
 
     def autocast(self) -> AbstractContextManager[object]:
         """What mixed precision needs around the model."""

@@ -14,5 +14,10 @@ def swap(
     """
     hits = [(name, module) for name, module in model.named_modules() if pick(name, module)]
     for name, module in hits:
-        model.set_submodule(name, make(name, module))
+        put(model, name, make(name, module))
     return [name for name, _ in hits]
+
+
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place of the submodule of that name."""
+    model.set_submodule(name, module)

@@ -1,0 +1,254 @@
+"""Linear layers that keep their weight in 4 or 8 bits and compute in the precision of their input.
+
+4-bit: blocks of 64 numbers share a scale and each becomes one of 16 levels (QLoRA, arXiv:2305.14314, section 3; `-dq`
+also stores the scales in 8 bits). 8-bit: each row shares a scale. Only a frozen weight can be kept so; a LoRA update
+beside it trains. bitsandbytes gives the levels and the kernels; where one is wrong for a shape, plain torch is used.
+"""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+BLOCK = 64  # numbers that share a scale
+NESTED_BLOCK = 256  # scales that share a scale, with -dq
+KINDS = ("bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8")
+SYNONYMS = {"bnb.int8-training": "bnb.int8"}
+
+
+def resolve(kind: str | None) -> str | None:
+    """The kind's own name. Raises ValueError that lists the kinds, or says how to install bitsandbytes."""
+    if kind is None:
+        return None
+    kind = SYNONYMS.get(kind, kind)
+    if kind not in KINDS:
+        raise ValueError(f"unknown --quantize {kind!r}; known are {', '.join((*KINDS, *SYNONYMS))}")
+    _bitsandbytes()
+    return kind
+
+
+def _bitsandbytes() -> Any:
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # it warns of an optional package that would be downloaded
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ValueError("--quantize needs bitsandbytes: pip install 'lit-gpt[quantize]'") from error
+    return bitsandbytes
+
+
+def quantizable(name: str, module: nn.Module) -> bool:
+    """Plain linear layers, but not the head, and not the router of a mixture of experts, whose choices are delicate."""
+    return type(module) is nn.Linear and name != "lm_head" and not name.endswith("router")
+
+
+def quantize(weight: torch.Tensor, kind: str) -> "QuantizedLinear":
+    """A layer that holds `weight` (out, in) quantized, on the weight's device; its bias, if any, is set later."""
+    layer = empty(weight.shape[1], weight.shape[0], kind)
+    layer.fill(weight)
+    return layer
+
+
+def empty(in_features: int, out_features: int, kind: str) -> "QuantizedLinear":
+    """A layer without numbers, for `load`."""
+    made: QuantizedLinear = (Linear8bit if kind == "bnb.int8" else Linear4bit)(in_features, out_features, kind)
+    return made
+
+
+class QuantizedLinear(nn.Linear):
+    """A frozen linear layer whose weight exists in full only while it is used."""
+
+    def __init__(self, in_features: int, out_features: int, kind: str):
+        nn.Module.__init__(self)  # not nn.Linear's: there is no full weight to allocate
+        self.in_features, self.out_features, self.kind = in_features, out_features, kind
+        self.register_parameter("bias", None)
+
+    def fill(self, weight: torch.Tensor) -> None:
+        """Quantize `weight` (out, in) into this layer."""
+        raise NotImplementedError
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight (out, in) as it computes."""
+        raise NotImplementedError
+
+    def parts(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What has to be stored of it."""
+        yield from self.state_dict().items()
+
+    def load(self, leaf: str, tensor: torch.Tensor) -> None:
+        """Take back one of the `parts`."""
+        if leaf in ("weight", "bias"):
+            setattr(self, leaf, nn.Parameter(tensor, requires_grad=False))
+        else:
+            self.register_buffer(leaf, tensor)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mixed = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if mixed else x.dtype
+        y: torch.Tensor = _FrozenMatmul.apply(x, self, dtype)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.kind}"
+
+
+class _FrozenMatmul(torch.autograd.Function):
+    """x W^T; the backward pass makes W again, and needs nothing else."""
+
+    @staticmethod
+    def forward(ctx, x, layer, dtype):
+        ctx.layer, ctx.dtypes = layer, (x.dtype, dtype)
+        return F.linear(x.to(dtype), layer.dense(dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        x_dtype, dtype = ctx.dtypes
+        return (grad.to(dtype) @ ctx.layer.dense(dtype)).to(x_dtype), None, None
+
+
+class Linear8bit(QuantizedLinear):
+    """Each row is whole numbers from -127 to 127 times a scale."""
+
+    def fill(self, weight: torch.Tensor) -> None:
+        scale = weight.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-38) / 127
+        self.load("weight", (weight.float() / scale).round().to(torch.int8))
+        self.load("scale", scale)
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.weight.to(dtype) * self.get_buffer("scale").to(dtype)
+
+
+class Linear4bit(QuantizedLinear):
+    """Two numbers to a byte, as bitsandbytes lays them out: the first in the high half."""
+
+    def __init__(self, in_features: int, out_features: int, kind: str):
+        super().__init__(in_features, out_features, kind)
+        self.levels = kind.removeprefix("bnb.").removesuffix("-dq")
+        self.packed: tuple[torch.Tensor, torch.Tensor] | None = None  # for one-token decoding, see `pack`
+
+    def fill(self, weight: torch.Tensor) -> None:
+        codes, absmax = quantize_4bit(weight, self.levels)
+        self.load("weight", codes)
+        if not self.kind.endswith("-dq"):
+            self.load("absmax", absmax)
+            return
+        offset = absmax.mean()
+        small, state = _bitsandbytes().functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
+        for leaf, tensor in (("absmax", small), ("nested_absmax", state.absmax), ("offset", offset)):
+            self.load(leaf, tensor)
+
+    def scales(self) -> torch.Tensor:
+        """The scale of each block, float32."""
+        stored = self._buffers["absmax"]
+        assert stored is not None
+        if not self.kind.endswith("-dq"):
+            return stored
+        functional = _bitsandbytes().functional
+        code = functional.create_dynamic_map().to(stored.device)
+        nested = self.get_buffer("nested_absmax")
+        absmax = functional.dequantize_blockwise(stored, absmax=nested, code=code, blocksize=NESTED_BLOCK)
+        return absmax + self.get_buffer("offset")
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        shape = (self.out_features, self.in_features)
+        # The CPU kernel begins a new block with each row, which is wrong unless rows are whole blocks.
+        if self.weight.is_cuda or self.in_features % BLOCK == 0:
+            _bitsandbytes()
+            operator = torch.ops.bitsandbytes.dequantize_4bit.default
+            return operator(self.weight, self.scales(), BLOCK, self.levels, shape, dtype).view(shape)
+        return dequantize_4bit(self.weight, self.scales(), self.levels, shape, dtype)
+
+    def pack(self) -> bool:
+        """Lay the weight out for the CPU's one-token kernel instead; tells whether that is possible.
+
+        For processes that only generate: a packed layer has no gradient and cannot be stored.
+        """
+        functional = _bitsandbytes().functional
+        possible = not self.weight.is_cuda and self.out_features % 32 == 0 and self.in_features % BLOCK == 0
+        if not possible or not functional.has_avx512bf16():
+            return False
+        state = functional.QuantState(
+            self.scales(),
+            shape=torch.Size((self.out_features, self.in_features)),
+            code=functional.get_4bit_type(self.levels, device="cpu"),
+            blocksize=BLOCK,
+            quant_type=self.levels,
+            dtype=torch.bfloat16,
+        )
+        weight, state = functional._convert_weight_packed_for_cpu(self.weight.data, state)
+        self.packed, self.code = (weight, state.absmax), state.code
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self._buffers.clear()
+        return True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.packed is None:
+            return super().forward(x)
+        weight, absmax = self.packed
+        mixed = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if mixed else x.dtype
+        shape = [self.out_features, self.in_features]
+        y = torch.ops.bitsandbytes.gemv_4bit.default(x.to(dtype).contiguous(), weight, shape, absmax, self.code, BLOCK)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def levels_of(name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The 16 levels of `nf4` or `fp4`, float32."""
+    levels: torch.Tensor = _bitsandbytes().functional.get_4bit_type(name, device=device)
+    return levels
+
+
+def quantize_4bit(weight: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (n / 2, 1) uint8 and the block scales (n / 64,) of a weight, bit for bit as bitsandbytes makes them.
+
+    On the CPU theirs takes two minutes for 7 billion numbers. Counting the bounds below each number, a cache-sized
+    piece at a time, takes a fifth of that.
+    """
+    if weight.is_cuda or weight.numel() % BLOCK:
+        _bitsandbytes()
+        operator = torch.ops.bitsandbytes.quantize_4bit.default
+        codes, absmax = operator(weight.contiguous(), BLOCK, name, torch.uint8)
+        return codes, absmax
+    levels = levels_of(name)
+    order = torch.argsort(levels)
+    bounds = ((levels[order[:-1]] + levels[order[1:]]) / 2).tolist()
+    blocks = weight.reshape(-1, BLOCK)
+    absmax = torch.empty(len(blocks), dtype=torch.float32)
+    codes = torch.empty(weight.numel() // 2, dtype=torch.uint8)
+    at_once = (1 << 18) // BLOCK
+    for start in range(0, len(blocks), at_once):
+        piece = blocks[start : start + at_once].float()
+        peak = piece.abs().amax(dim=1)
+        absmax[start : start + at_once] = peak
+        scaled = (piece * (1.0 / peak.clamp(min=1e-38))[:, None]).clamp_(-1, 1)
+        index = torch.zeros(scaled.shape, dtype=torch.uint8)
+        for bound in bounds:
+            index += scaled > bound
+        index = index if name == "nf4" else order.to(torch.uint8)[index.long()]
+        flat = index.view(-1)
+        codes[start * BLOCK // 2 : start * BLOCK // 2 + len(flat) // 2] = (flat[::2] << 4) | flat[1::2]
+    return codes[:, None], absmax
+
+
+def dequantize_4bit(
+    codes: torch.Tensor, absmax: torch.Tensor, name: str, shape: tuple[int, int], dtype: torch.dtype
+) -> torch.Tensor:
+    """The weight in plain torch: right for every shape."""
+    flat = codes.flatten()
+    index = torch.stack((flat >> 4, flat & 15), dim=1).flatten()[: shape[0] * shape[1]].long()
+    each = absmax.repeat_interleave(BLOCK)[: len(index)]
+    return (levels_of(name, codes.device)[index] * each).view(shape).to(dtype)
+
+
+def round_trip(weight: torch.Tensor, kind: str) -> torch.Tensor:
+    """What training on the quantized weight saw, in the weight's own precision."""
+    return quantize(weight, kind).dense(torch.float32).to(weight.dtype)
+
+
+def pack_for_decoding(model: nn.Module) -> int:
+    """Lay out every 4-bit layer that can be for one-token decoding; returns how many."""
+    return sum(layer.pack() for layer in model.modules() if isinstance(layer, Linear4bit))
