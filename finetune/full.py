@@ -13,6 +13,7 @@ def main(
     precision: str | None = None,
     train: TrainArgs = TrainArgs(learning_rate=3e-5),  # noqa: B008 - frozen
     eval: EvalArgs = EvalArgs(),  # noqa: B008
+    activation_checkpointing: bool = False,
     devices: int = 1,
     num_nodes: int = 1,
     seed: int = 1337,
@@ -28,6 +29,7 @@ def main(
         precision: bf16-mixed, bf16-true, 16-mixed, 16-true or 32-true; the default is the best that this machine has.
         train: How to train.
         eval: When and how to validate.
+        activation_checkpointing: Run each block twice instead of keeping what is inside it: less memory, more work.
         devices: Accelerators (or CPU processes) to train on.
         num_nodes: Machines to train on.
         seed: Of the rows' order.
@@ -44,6 +46,8 @@ def main(
     fabric.seed_everything(seed, verbose=False)
     model = checkpoint.load_model(checkpoint_dir, kind.trained, device=fabric.device)
     checkpoint.unfreeze(model)
+    if activation_checkpointing:
+        runtime.checkpoint_activations(model)
 
     def save(path: Path, run: Run) -> None:
         checkpoint.save_model(path, model, checkpoint_dir, job.meta["prompt_style"], dtype=kind.frozen)

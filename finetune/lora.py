@@ -23,6 +23,7 @@ def main(
     lora_head: bool = False,
     train: TrainArgs = TrainArgs(),  # noqa: B008 - frozen
     eval: EvalArgs = EvalArgs(),  # noqa: B008
+    activation_checkpointing: bool = False,
     devices: int = 1,
     num_nodes: int = 1,
     seed: int = 1337,
@@ -46,6 +47,7 @@ def main(
         lora_head: Adapt the output head.
         train: How to train.
         eval: When and how to validate.
+        activation_checkpointing: Run each block twice instead of keeping what is inside it: less memory, more work.
         devices: Accelerators (or CPU processes) to train on.
         num_nodes: Machines to train on.
         seed: Of the rows' order, the factors and the dropout.
@@ -67,6 +69,8 @@ def main(
         checkpoint_dir, kind.frozen, norm_dtype=kind.trained, device=fabric.device, quantize=bits
     )
     lora.attach(model, adapter)
+    if activation_checkpointing:
+        runtime.checkpoint_activations(model)
     base = checkpoint.fingerprint(checkpoint_dir)
 
     def save(path: Path, run: Run) -> None:

@@ -108,11 +108,14 @@ class Weights:
         return cls(FolderSource(folder), load_config(folder))
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return self._split(self.source.read)
+        return self._split(self.source.read, self.source.release)
 
-    def _split(self, read: Callable[[str], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    def _split(
+        self, read: Callable[[str], torch.Tensor], release: Callable[[str], None] = lambda name: None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         for step in self.steps:
             yield from zip(step.ours, step.via.split(self.config, read(step.theirs)), strict=True)
+            release(step.theirs)
 
 
 def load_model(

@@ -1,10 +1,12 @@
 """Files: every name under checkpoints/ and out/, spelled once; atomic writing, safe reading, tensors one at a time."""
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
 import struct
+import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -162,6 +164,8 @@ class TensorSource(Protocol):
     metas: Mapping[str, torch.Tensor]  # shapes and dtypes, on the meta device
 
     def read(self, name: str) -> torch.Tensor: ...
+    def release(self, name: str) -> None:
+        """Say that the tensor has been used, and what it holds in memory can go."""
 
 
 class FolderSource:
@@ -226,6 +230,12 @@ class FolderSource:
         with open_safetensors(file) as opened:
             return opened.get_tensor(name)
 
+    def release(self, name: str) -> None:
+        """Say that the tensor has been used, and what it holds in memory can go."""
+        file = self._home[name]
+        if file in self._states and zipfile.is_zipfile(file):  # mapped, then
+            forget(self._states[file][name])
+
 
 def open_safetensors(file: Path) -> Any:
     """`safetensors.safe_open`. Raises ValueError naming the file if it is broken or cut short."""
@@ -255,3 +265,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object but a {type(value).__name__}")
     return value
+
+
+def forget(tensor: torch.Tensor) -> None:
+    """Give back the memory of a tensor that is mapped from a file; if it is used again, it is read again.
+
+    For loops over a mapped checkpoint, whose pages would pile up as this process's memory. Does nothing but on Linux,
+    and must not be used on a tensor that has been written to.
+    """
+    if not sys.platform.startswith("linux") or tensor.device.type != "cpu":
+        return
+    page = os.sysconf("SC_PAGE_SIZE")
+    begin = -(-tensor.data_ptr() // page) * page  # only whole pages: the first and last are shared with others
+    size = (tensor.data_ptr() + tensor.nbytes) // page * page - begin
+    if size > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), 4)  # MADV_DONTNEED

@@ -75,7 +75,11 @@ class LoRALinear(nn.Module):
         return y + F.linear(low, (self.lora_B * self.scaling).to(x.dtype)).to(y.dtype)
 
     def merged(self) -> nn.Linear:
-        """The plain layer with the update in its weight, in the base's precision."""
+        """The plain layer with the update in its weight, in the base's precision. ValueError for a quantized base."""
+        if type(self.base) is not nn.Linear:
+            raise ValueError(
+                "a quantized layer cannot take the update in; scripts/merge_lora.py merges into full weights"
+            )
         weight = merged_weight(self.base.weight.detach(), self.lora_A.detach(), self.lora_B.detach(), self.scaling)
         self.base.weight = nn.Parameter(weight, requires_grad=False)
         return self.base

@@ -48,6 +48,25 @@ def test_a_step_does_not_depend_on_micro_batches_or_padding(
     assert any(factor.any() for name, factor in state.items() if name.endswith("B"))
 
 
+def test_activation_checkpointing_changes_nothing(fabric, stories: Path, prepared: Path) -> None:
+    """Dropout included: the second run of a block draws the same numbers."""
+    states = []
+    for checkpoints in (False, True):
+        model = checkpoint.load_model(stories, torch.float32)
+        torch.manual_seed(3)
+        lora.attach(model, LoRASettings(dropout=0.3, targets=("query", "mlp")))
+        if checkpoints:
+            runtime.checkpoint_activations(model)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        wrapped, optimizer = fabric.setup(model, optimizer)
+        batches = list(micro_batches(open_set(prepared), range(6), TrainArgs(micro_batch_size=3)))
+        wrapped.train()
+        torch.manual_seed(4)
+        train_step(fabric, wrapped, optimizer, batches, max_norm=1.0)
+        states.append(lora.adapter_state(model))
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
 def test_the_loss_is_that_of_plain_cross_entropy_on_the_answers(fabric, stories: Path, prepared: Path):
     """Row by row, without batching, from the raw file."""
     model = checkpoint.load_model(stories, torch.float32).eval()

@@ -192,6 +192,9 @@ class GGUFCheckpoint:
             for name, tensor in self._tensors.items()
         }
 
+    def release(self, name: str) -> None:
+        """Nothing is held: each `read` makes its tensor anew."""
+
     def read(self, name: str) -> torch.Tensor:
         """The tensor, dequantised. Raises ValueError for a kind of quantisation that the gguf library cannot undo."""
         from gguf.quants import dequantize

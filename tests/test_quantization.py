@@ -1,0 +1,212 @@
+"""Quantized layers against bitsandbytes' own numbers and a dequantise-then-matmul reference, in every shape."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import STORIES, load_script, run_script
+from twins import make_twin
+
+from lit_gpt import checkpoint, files, lora, quantization
+from lit_gpt.args import EvalArgs, TrainArgs
+from lit_gpt.checkpoint import Adapter
+from lit_gpt.inference import Assistant
+from lit_gpt.lora import LoRASettings
+
+pytest.importorskip("bitsandbytes")
+SHAPES = [(64, 64), (96, 128), (32, 172), (33, 50), (128, 48), (7, 63), (5, 16), (300, 896)]  # (out, in)
+
+
+def by_hand(weight: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """The definition, a block at a time: scale by the largest, take the nearest level, scale back."""
+    flat, out = weight.float().flatten(), torch.empty(weight.numel())
+    for start in range(0, len(flat), 64):
+        block = flat[start : start + 64]
+        peak = block.abs().max()
+        nearest = (block[:, None] / peak - levels).abs().argmin(dim=1)
+        out[start : start + 64] = levels[nearest] * peak
+    return out.view(weight.shape)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("levels", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_are_the_nearest_levels_for_every_shape(shape: tuple, levels: str, dtype: torch.dtype) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype) * 0.02
+    layer = quantization.quantize(weight, f"bnb.{levels}")
+    got, expected = layer.dense(torch.float32), by_hand(weight, quantization.levels_of(levels))
+    exact = weight.float()
+    assert (
+        (got - exact).abs() <= (expected - exact).abs() + 1e-7
+    ).all()  # where two levels are as near, either will do
+    assert (got != expected).float().mean() < 0.002
+
+
+@pytest.mark.parametrize("shape", SHAPES[:5])
+@pytest.mark.parametrize("kind", ["bnb.nf4", "bnb.fp4", "bnb.nf4-dq"])
+def test_codes_and_scales_are_bitsandbytes_own(shape: tuple, kind: str) -> None:
+    import bitsandbytes.functional as theirs
+
+    weight = torch.randn(shape)
+    layer = quantization.quantize(weight, kind)
+    codes, state = theirs.quantize_4bit(
+        weight, blocksize=64, quant_type=layer.levels, compress_statistics=kind.endswith("-dq")
+    )
+    assert torch.equal(layer.weight.flatten(), codes.flatten())
+    assert torch.equal(layer._buffers["absmax"], state.absmax)
+    if kind.endswith("-dq"):
+        assert torch.equal(layer.nested_absmax, state.state2.absmax)
+        assert torch.equal(layer.offset, state.offset)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", quantization.KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forward_and_backward_are_dequantise_then_matmul(shape: tuple, kind: str, dtype: torch.dtype) -> None:
+    layer = quantization.quantize(torch.randn(shape) * 0.02, kind)
+    weight = layer.dense(dtype)
+    x = torch.randn(6, shape[1], dtype=dtype, requires_grad=True)
+    reference = x.detach().clone().requires_grad_()
+    seed = torch.randn(6, shape[0], dtype=dtype)
+    layer(x).backward(seed)
+    torch.nn.functional.linear(reference, weight).backward(seed)
+    assert torch.equal(layer(x), torch.nn.functional.linear(reference, weight))
+    assert torch.equal(x.grad, reference.grad)
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit"), [("bnb.nf4", 0.1), ("bnb.nf4-dq", 0.1), ("bnb.fp4", 0.13), ("bnb.int8", 0.01)]
+)
+def test_the_error_is_of_the_known_size(kind: str, limit: float) -> None:
+    weight = torch.randn(256, 512)
+    error = (quantization.quantize(weight, kind).dense(torch.float32) - weight).norm() / weight.norm()
+    assert 0.5 * limit < error < limit
+
+
+@pytest.mark.parametrize("kind", quantization.KINDS)
+def test_validation_between_steps_changes_nothing(kind: str, tmp_path: Path) -> None:
+    """bitsandbytes' own layers repack their weights in an eval pass, after which training is silently wrong."""
+    make_twin("llama-grouped", tmp_path)
+    tokens = torch.randint(0, 101, (2, 16))
+
+    def losses(validates: bool) -> list[float]:
+        model = checkpoint.load_model(tmp_path, torch.float32, quantize=kind)
+        torch.manual_seed(0)
+        lora.attach(model, LoRASettings(dropout=0.0, targets=("query", "mlp")))
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        seen = []
+        for _ in range(4):
+            if validates:
+                model.eval()
+                with torch.no_grad():
+                    model(tokens[:1, :1])
+                model.train()
+            loss = model(tokens, labels=tokens.roll(-1, 1))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            seen.append(loss.item())
+        return seen
+
+    with_validation = losses(True)
+    assert with_validation == losses(False)
+    assert with_validation[-1] < with_validation[0]
+
+
+@pytest.mark.parametrize("kind", ["bnb.nf4", "bnb.nf4-dq", "bnb.fp4"])
+def test_the_one_token_kernel_agrees(kind: str) -> None:
+    layer = quantization.quantize(torch.randn(96, 192) * 0.02, kind)
+    x = torch.randn(3, 192, dtype=torch.bfloat16)
+    expected = layer(x)
+    if not layer.pack():
+        pytest.skip("this processor has no bfloat16 dot products")
+    torch.testing.assert_close(layer(x), expected, atol=2e-3, rtol=2e-2)  # it rounds the scales to bfloat16 too
+
+
+def test_packing_lays_codes_out_as_bitsandbytes_does() -> None:
+    import bitsandbytes.functional as theirs
+
+    codes, state = theirs.quantize_4bit(torch.randn(96, 192), blocksize=64, quant_type="nf4", compress_statistics=False)
+    expected, _ = theirs._convert_weight_packed_for_cpu(codes, state)
+    assert torch.equal(quantization.pack_rows(codes.view(96, 96)), expected)
+
+
+def test_what_cannot_be_packed_stays_as_it_is() -> None:
+    layer = quantization.quantize(torch.randn(33, 50), "bnb.nf4")
+    x = torch.randn(1, 50, dtype=torch.bfloat16)
+    expected = layer(x)
+    assert not layer.pack()
+    assert torch.equal(layer(x), expected)
+
+
+def test_only_the_blocks_linear_layers_are_quantized(tmp_path: Path) -> None:
+    make_twin("mixtral", tmp_path)
+    model = checkpoint.load_model(tmp_path, torch.bfloat16, quantize="bnb.nf4")
+    kinds = {name: type(module).__name__ for name, module in model.named_modules()}
+    assert kinds["lm_head"] == "Linear"
+    assert kinds["transformer.h.0.mlp.router"] == "Linear"
+    assert kinds["transformer.h.0.mlp.experts.3.up"] == "Linear4bit"
+    assert kinds["transformer.h.0.attn.q"] == "Linear4bit"
+    assert isinstance(model.transformer.wte.weight, torch.nn.Parameter)
+    assert model.transformer.wte.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", quantization.KINDS)
+def test_kept_weights_give_the_same_model_and_go_stale(kind: str, tmp_path: Path) -> None:
+    shutil.copytree(STORIES, tmp_path / "m")
+    tokens = torch.randint(0, 512, (1, 20))
+    with torch.no_grad():
+        fresh = checkpoint.load_model(tmp_path / "m", torch.float32, quantize=kind)(tokens)
+        run_script("scripts/quantize_checkpoint", "--checkpoint_dir", tmp_path / "m", "--quantize", kind)
+        (tmp_path / "m" / "model.safetensors").rename(tmp_path / "moved")
+        (tmp_path / "m" / "model.safetensors").symlink_to(
+            tmp_path / "moved"
+        )  # the same file, but nobody needs to read it
+        kept = checkpoint.load_model(tmp_path / "m", torch.float32, quantize=kind)(tokens)
+    # Weights that stay unquantized are kept in bfloat16.
+    assert (kept - fresh).abs().max() < 0.2
+    (tmp_path / "m" / "model.safetensors").unlink()
+    shutil.copy(STORIES / "model.safetensors", tmp_path / "m")
+    with torch.no_grad():
+        again = checkpoint.load_model(tmp_path / "m", torch.float32, quantize=kind)(tokens)
+    assert torch.equal(again, fresh)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "16-true", "32-true", None])
+@pytest.mark.parametrize("kind", ["bnb.nf4-dq", "bnb.int8-training"])
+def test_training_works_with_every_precision_and_the_adapter_remembers(
+    kind: str, precision: str | None, prepared: Path, stories: Path, tmp_path: Path
+) -> None:
+    load_script("finetune/lora").main(
+        data_dir=prepared,
+        checkpoint_dir=stories,
+        out_dir=tmp_path,
+        precision=precision,
+        quantize=kind,
+        lora_head=True,
+        train=TrainArgs(learning_rate=5e-3, global_batch_size=4, max_steps=16),
+        eval=EvalArgs(max_new_tokens=2, interval=5),
+    )
+    adapter = Adapter.load(tmp_path / files.ADAPTER)
+    assert adapter.quantize == quantization.resolve(kind)
+    assert all(factor.dtype == torch.float32 and factor.isfinite().all() for factor in adapter.state.values())
+    rows = (tmp_path / "metrics.csv").read_text().splitlines()
+    losses = [float(row.split(",")[4]) for row in rows[1:]]
+    assert losses[-1] < losses[0] - 1
+    assistant = Assistant(stories, lora_path=tmp_path / files.ADAPTER)
+    assert any(isinstance(m, quantization.QuantizedLinear) for m in assistant.model.modules())
+
+
+def test_a_quantized_model_is_not_merged_in_place(tmp_path: Path) -> None:
+    make_twin("llama", tmp_path)
+    model = checkpoint.load_model(tmp_path, torch.float32, quantize="bnb.nf4")
+    lora.attach(model, LoRASettings())
+    with pytest.raises(ValueError, match="cannot take the update in"):
+        lora.merge(model)
+
+
+def test_wrong_kinds_are_named_with_the_right_ones(stories: Path) -> None:
+    done = run_script("generate/base", "--checkpoint_dir", stories, "--quantize", "nf4", check=False)
+    assert done.returncode == 1
+    assert "unknown --quantize 'nf4'; known are bnb.nf4, bnb.nf4-dq" in done.stderr
