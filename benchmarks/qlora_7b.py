@@ -35,9 +35,7 @@ def main() -> None:
         started = time.monotonic()
         n_tokens = len(list(generate(model, list(range(1, 33)), 32)))
         seconds = time.monotonic() - started
-        print(
-            f"{n_packed} layers packed; {n_tokens} tokens in {seconds:.1f} s (prompt of 32 included), peak {peak_gb():.2f} GB"
-        )
+        print(f"{n_packed} layers packed; {n_tokens} tokens in {seconds:.1f} s, peak {peak_gb():.2f} GB")
         return
     lora.attach(model, LoRASettings())
     if what == "train-checkpointing":

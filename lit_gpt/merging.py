@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
-from lit_gpt import checkpoint, files, lora
+from lit_gpt import checkpoint, files, lora, quantization
 from lit_gpt.checkpoint import Adapter, Weights
+from lit_gpt.data import open_prepared
 from lit_gpt.model import GPT
 from lit_gpt.prompts import get_style
 from lit_gpt.tokenizer import Tokenizer
@@ -25,9 +26,13 @@ def merge_folder(
     adapter: Adapter,
     out_dir: Path,
     dtype: torch.dtype | None = None,
+    dequantized: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Write base + adapter as a complete checkpoint folder, in `dtype` or the base's own; one tensor in memory."""
+    """Write base + adapter as a complete checkpoint folder, in `dtype` or the base's own; one tensor in memory.
+
+    `dequantized` merges into the weights that an adapter of a quantized base saw, instead of the original ones.
+    """
     weights = Weights.from_folder(checkpoint_dir)
     config, metas, scaling = weights.config, dict(weights.metas), adapter.settings.alpha / adapter.settings.r
     adapted = {name.removesuffix(".lora_A") for name in adapter.state if name.endswith(".lora_A")}
@@ -40,9 +45,15 @@ def merge_folder(
         a, b = (adapter.state[f"{owner}.{factor}"] for factor in ("lora_A", "lora_B"))
         return lora.merged_weight(weight, a, b, scaling)
 
+    skeleton = checkpoint.hollow(config)
+    rounded = {name for name, module in skeleton.named_modules() if quantization.quantizable(name, module)}
+    rounded = rounded if dequantized else set()
+
     def merged() -> Iterator[tuple[str, torch.Tensor]]:
         for done, (name, tensor) in enumerate(weights, start=1):
             owner = name.removesuffix(".weight")
+            if owner in rounded:
+                tensor = quantization.round_trip(tensor, str(adapter.quantize))
             yield name, merge(owner, tensor) if owner in adapted else tensor
             if name == "transformer.wte.weight" and "lm_head.weight" in metas and "lm_head.weight" not in weights.metas:
                 yield "lm_head.weight", merge("lm_head", tensor)
@@ -76,7 +87,7 @@ class Comparison:
 
 @torch.inference_mode()
 def compare(checkpoint_dir: Path, lora_path: Path, merged_dir: Path, dtype: torch.dtype) -> Comparison:
-    """Run base, base + adapter and the merged file on a few prompts in `dtype`."""
+    """Run base, base + adapter and the merged file on a few prompts in `dtype`; the base as the adapter was trained."""
     adapter = Adapter.load(lora_path)
     tokenizer, style = Tokenizer(checkpoint_dir), get_style(adapter.prompt_style)
     prompts = [torch.tensor([tokenizer.encode(style(prompt, ""))]) for prompt in PROMPTS]
@@ -85,7 +96,7 @@ def compare(checkpoint_dir: Path, lora_path: Path, merged_dir: Path, dtype: torc
         limit = model.config.block_size
         return torch.cat([model.eval()(prompt[:, :limit])[0] for prompt in prompts]).float()
 
-    model = checkpoint.load_model(checkpoint_dir, dtype)
+    model = checkpoint.load_model(checkpoint_dir, dtype, quantize=adapter.quantize)
     base = logits(model)
     adapter.attach(model, checkpoint_dir, lora_path)
     unmerged = logits(model)
@@ -96,3 +107,27 @@ def compare(checkpoint_dir: Path, lora_path: Path, merged_dir: Path, dtype: torc
     return Comparison(
         float(difference.max()), float(agreement), float((unmerged - base).abs().mean()), float(difference.mean())
     )
+
+
+@torch.inference_mode()
+def held_out_losses(
+    checkpoint_dir: Path, lora_path: Path, merged_dirs: dict[str, Path], data_dir: Path, max_rows: int = 64
+) -> dict[str, float]:
+    """Mean loss per labelled token on validation rows: of base + adapter as trained, and of each merged folder."""
+    adapter = Adapter.load(lora_path)
+    tokenizer = Tokenizer(checkpoint_dir)
+    block_size = checkpoint.load_config(checkpoint_dir).block_size
+    _, rows, _ = open_prepared(data_dir, tokenizer, block_size)
+
+    def loss(model: GPT) -> float:
+        batches = [rows.batch([index], packing=True) for index in range(min(max_rows, len(rows)))]
+        total = sum(float(model.eval()(b.tokens, labels=b.labels, lengths=b.lengths)) for b in batches)
+        return total / sum(b.n_labels for b in batches)
+
+    model = checkpoint.load_model(checkpoint_dir, torch.float32, quantize=adapter.quantize)
+    adapter.attach(model, checkpoint_dir, lora_path)
+    losses = {"base + adapter, unmerged": loss(model)}
+    del model
+    for name, folder in merged_dirs.items():
+        losses[name] = loss(checkpoint.load_model(folder, torch.float32))
+    return losses

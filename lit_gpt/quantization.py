@@ -192,7 +192,7 @@ class Linear4bit(QuantizedLinear):
 def pack_rows(codes: torch.Tensor) -> torch.Tensor:
     """Codes (n, k / 2), two columns to a byte, in the order of the one-token kernel: row r by row r + 16.
 
-    Of 32 rows, a column's 32 codes lie together, columns in pairs; a byte holds rows r (low half) and r + 16 (high half).
+    Of 32 rows, a column's codes lie together, columns in pairs; a byte holds rows r (low half) and r + 16 (high half).
     The same as bitsandbytes' `_convert_weight_packed_for_cpu`, without its eightfold copy.
     """
     n, half_k = codes.shape

@@ -210,3 +210,30 @@ def test_wrong_kinds_are_named_with_the_right_ones(stories: Path) -> None:
     done = run_script("generate/base", "--checkpoint_dir", stories, "--quantize", "nf4", check=False)
     assert done.returncode == 1
     assert "unknown --quantize 'nf4'; known are bnb.nf4, bnb.nf4-dq" in done.stderr
+
+
+def test_merging_into_what_training_saw_keeps_the_unmerged_loss(stories: Path, prepared: Path, tmp_path: Path) -> None:
+    load_script("finetune/lora").main(
+        data_dir=prepared,
+        checkpoint_dir=stories,
+        out_dir=tmp_path / "out",
+        precision="32-true",
+        quantize="bnb.nf4",
+        lora_mlp=True,
+        train=TrainArgs(learning_rate=1e-2, global_batch_size=4, max_steps=30),
+        eval=EvalArgs(max_new_tokens=0),
+    )
+    flags = ("--lora_path", tmp_path / "out" / files.ADAPTER, "--checkpoint_dir", stories, "--data_dir", prepared)
+    done = run_script("scripts/merge_lora", *flags, "--out_dir", tmp_path / "merged")
+    losses = {
+        line.rsplit("  ", 1)[0].strip(): float(line.rsplit("  ", 1)[1])
+        for line in done.stdout.splitlines()
+        if line.startswith(("base +", "merged into"))
+    }
+    assert losses["merged into the dequantized weights"] == pytest.approx(losses["base + adapter, unmerged"], abs=1e-4)
+    assert losses["merged into the original weights"] != losses["base + adapter, unmerged"]
+    merged = dict(checkpoint.Weights.from_folder(tmp_path / "merged"))
+    base = dict(checkpoint.Weights.from_folder(stories))
+    seen = quantization.round_trip(base["transformer.h.0.attn.k.weight"], "bnb.nf4")
+    assert torch.equal(merged["transformer.h.0.attn.k.weight"], seen)  # a layer without an update
+    assert torch.equal(merged["transformer.wte.weight"], base["transformer.wte.weight"])
