@@ -196,11 +196,6 @@ class Batch:
     def n_labels(self) -> int:
         return int((self.labels != IGNORE_INDEX).sum())
 
-    @property
-    def n_tokens(self) -> int:
-        """Tokens without padding."""
-        return sum(self.lengths) if self.lengths is not None else self.tokens.numel()
-
     def unlabelled(self) -> "Batch":
         """The same tokens with nothing asked of them."""
         return Batch(self.tokens, torch.full_like(self.labels, IGNORE_INDEX), self.lengths)
@@ -224,6 +219,11 @@ class PreparedSet:
     def lengths(self) -> torch.Tensor:
         """Tokens of each row (n_rows,), after cutting."""
         return self.offsets.diff().clamp(max=self.max_length)
+
+    def n_tokens(self, rows: Sequence[int]) -> int:
+        """Tokens that training on these rows reads: all but each row's last."""
+        lengths = self.offsets[torch.tensor(rows) + 1] - self.offsets[torch.tensor(rows)]
+        return int(lengths.clamp(max=self.max_length).sum()) - len(rows)
 
     def row(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and labels of a row, (T,) each: all but the last token, and what follows each."""

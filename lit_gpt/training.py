@@ -184,7 +184,7 @@ def fit(
             sums.append(train_step(fabric, model, optimizer, batches, train.max_norm))
             run.step += 1
             run.iteration += len(batches)
-            run.tokens += sum(batch.n_tokens for batch in batches) * fabric.world_size
+            run.tokens += train_data.n_tokens(rows)
             validates = bool(eval.interval) and run.step % eval.interval == 0 and run.step < n_steps
             if run.step % train.log_interval == 0 or run.step == n_steps or validates:
                 loss, n_labels = (float(sum(getattr(s, name) for s in sums)) for name in ("loss", "n_labels"))

@@ -1,9 +1,11 @@
 """The loop's promises: a step does not depend on how rows are spread, and the schedule is what it says."""
 
+import csv
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_script
 
 from lit_gpt import checkpoint, lora, runtime
 from lit_gpt.args import TrainArgs
@@ -117,3 +119,23 @@ def test_schedule_of_short_runs(n_steps: int, warmup: int | None) -> None:
 def test_wrong_arguments_are_refused_by_name(wrong: dict) -> None:
     with pytest.raises(ValueError, match=f"train.{next(iter(wrong))}"):
         TrainArgs(**wrong)
+
+
+def test_two_devices_train_as_one(stories: Path, prepared: Path, tmp_path: Path) -> None:
+    """Rows are spread over two processes; an epoch's last step has fewer rows than devices."""
+    tables = []
+    for devices in (1, 2):
+        out = tmp_path / str(devices)
+        run_script(
+            "finetune/lora",
+            *("--data_dir", prepared, "--checkpoint_dir", stories, "--out_dir", out, "--precision", "32-true"),
+            *("--lora_dropout", 0, "--train.learning_rate", 0.01, "--train.global_batch_size", 7),
+            *("--train.micro_batch_size", 2, "--train.epochs", 2, "--eval.max_new_tokens", 0, "--devices", devices),
+        )
+        with open(out / "metrics.csv", newline="") as file:
+            tables.append(
+                [{key: float(row[key]) for key in ("loss", "tokens", "grad_norm")} for row in csv.DictReader(file)]
+            )
+    assert len(tables[0]) == 6
+    for one, two in zip(*tables, strict=True):
+        assert two == pytest.approx(one, rel=1e-5)
