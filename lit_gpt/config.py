@@ -68,15 +68,21 @@ class Config:
     moe_layers: list[bool] | None = None  # which layers have experts; None: all, when n_expert > 0
 
     def __post_init__(self) -> None:
+        for name in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size"):
+            self._check_size(name, least=1)
+        for name in ("n_query_groups", "head_size", "intermediate_size", "expert_size", "n_expert"):
+            self._check_size(name, least=0)
         self.n_query_groups = self.n_query_groups or self.n_head
         self.head_size = self.head_size or self.n_embd // self.n_head
         self.intermediate_size = self.intermediate_size or 4 * self.n_embd
         self.expert_size = self.expert_size or self.intermediate_size
-        for name in ("n_layer", "n_head", "n_query_groups", "n_embd", "head_size", "vocab_size", "block_size"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a positive whole number, not {getattr(self, name)!r}")
         if self.n_head % self.n_query_groups:
             raise ValueError(f"n_head {self.n_head} is no multiple of n_query_groups {self.n_query_groups}")
+
+    def _check_size(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} must be a whole number from {least} up, not {value!r}")
 
     @property
     def rope_size(self) -> int:

@@ -148,8 +148,8 @@ def load_dict(path: Path, *, mmap: bool = False) -> dict[str, Any]:
         raise ValueError(
             f"{path} is broken, or holds objects that could run code, and was not loaded: {reason}"
         ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
-        reason = str(error).split("\n", 1)[0]
+    except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+        reason = str(error).split("\n", 1)[0].split(". ", 1)[0]
         raise ValueError(f"{path} is broken or incomplete: {reason}") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds no state dict but a {type(state).__name__}")

@@ -74,12 +74,15 @@ def test_one_error_lists_all_that_does_not_fit(tmp_path: Path) -> None:
         checkpoint.load_model(folder, torch.float32)
 
 
-@pytest.mark.parametrize("sixteenth", range(1, 16, 2))
-def test_a_cut_file_is_named(tmp_path: Path, sixteenth: int) -> None:
+@pytest.mark.parametrize("name", ["model.safetensors", "lit_model.pth"])
+@pytest.mark.parametrize("sixteenth", [0.0001, 0.05, *range(1, 16, 2)])
+def test_a_cut_file_is_named(tmp_path: Path, sixteenth: float, name: str) -> None:
     folder = copy(tmp_path / "m")
-    data = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(data[: len(data) * sixteenth // 16])
-    with pytest.raises(ValueError, match=r"model\.safetensors is broken or incomplete"):
+    if name == "lit_model.pth":
+        checkpoint.convert(FolderSource(folder), checkpoint.load_config(folder), folder)
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data[: int(len(data) * sixteenth / 16)])
+    with pytest.raises(ValueError, match=f"{name} is broken or incomplete"):
         checkpoint.load_model(folder, torch.float32)
 
 
@@ -130,7 +133,12 @@ def test_an_unknown_architecture_is_named_with_the_known_ones(tmp_path: Path) ->
         checkpoint.load_config(folder)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"model_type": "llama"}', '{"model_type": "llama", "hidden_size": "x"}'])
+HEADS = json.dumps({**json.loads((STORIES / "config.json").read_text()), "num_attention_heads": "8"})
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"model_type": "llama"}', '{"model_type": "llama", "hidden_size": "x"}', HEADS]
+)
 def test_a_broken_config_is_one_clear_error(tmp_path: Path, text: str) -> None:
     folder = copy(tmp_path / "m")
     (folder / "config.json").write_text(text)

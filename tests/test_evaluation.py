@@ -61,10 +61,16 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def manager(tasks: Path) -> TaskManager:
+    """One for all tests: to index lm-eval's own tasks takes seconds."""
+    return TaskManager(include_path=[str(tasks), str(ROOT / "eval" / "tasks")])
+
+
 @pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize("batch_size", [1, 5])
-def test_scores_equal_lm_evals_own(name: str, batch_size: int, tasks: Path) -> None:
-    how = {"tasks": [name], "task_manager": TaskManager(include_path=str(tasks)), "bootstrap_iters": 0}
+def test_scores_equal_lm_evals_own(name: str, batch_size: int, manager: TaskManager) -> None:
+    how = {"tasks": [name], "task_manager": manager, "bootstrap_iters": 0}
     theirs = lm_eval.simple_evaluate(HFLM(pretrained=str(STORIES), dtype="float32", device="cpu", batch_size=4), **how)
     ours = lm_eval.simple_evaluate(LitGPT(Assistant(STORIES, "32-true"), batch_size), **how)
     mine, yours = (
@@ -90,8 +96,7 @@ def test_every_choices_likelihood_equals_lm_evals_own() -> None:
         assert greedy == also
 
 
-def test_the_originals_task_names_are_understood() -> None:
-    manager = TaskManager()
+def test_the_originals_task_names_are_understood(manager: TaskManager) -> None:
     assert find_tasks(["hendrycksTest-*"], manager) == ["mmlu"]
     assert find_tasks(["hendrycksTest-anatomy", "arc_easy"], manager) == ["mmlu_anatomy", "arc_easy"]
     assert find_tasks(["truthfulqa_mc"], manager) == ["truthfulqa_mc1", "truthfulqa_mc2"]
@@ -115,7 +120,7 @@ def test_the_script_scores_a_task_of_ones_own(tasks: Path, tmp_path: Path) -> No
     assert results["config"]["limit"] == 8
 
 
-def test_the_quickstart_task_counts_exact_answers() -> None:
+def test_the_quickstart_task_counts_exact_answers(manager: TaskManager) -> None:
     class Oracle(LitGPT):
         """Right for every other message."""
 
@@ -125,7 +130,7 @@ def test_the_quickstart_task_counts_exact_answers() -> None:
     results = lm_eval.simple_evaluate(
         Oracle(Assistant(STORIES, "32-true"), 1),
         tasks=["quickstart"],
-        task_manager=TaskManager(include_path=str(ROOT / "eval" / "tasks")),
+        task_manager=manager,
         bootstrap_iters=0,
     )
     assert results["results"]["quickstart"]["exact_match,none"] == 0.5

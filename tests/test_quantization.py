@@ -158,7 +158,7 @@ def test_kept_weights_give_the_same_model_and_go_stale(kind: str, tmp_path: Path
     tokens = torch.randint(0, 512, (1, 20))
     with torch.no_grad():
         fresh = checkpoint.load_model(tmp_path / "m", torch.float32, quantize=kind)(tokens)
-        run_script("scripts/quantize_checkpoint", "--checkpoint_dir", tmp_path / "m", "--quantize", kind)
+        load_script("scripts/quantize_checkpoint").main(checkpoint_dir=tmp_path / "m", quantize=kind)
         (tmp_path / "m" / "model.safetensors").rename(tmp_path / "moved")
         (tmp_path / "m" / "model.safetensors").symlink_to(
             tmp_path / "moved"
