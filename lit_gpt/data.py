@@ -225,6 +225,10 @@ class PreparedSet:
         lengths = self.offsets[torch.tensor(rows) + 1] - self.offsets[torch.tensor(rows)]
         return int(lengths.clamp(max=self.max_length).sum()) - len(rows)
 
+    def n_without_labels(self) -> int:
+        """Rows whose prompt leaves no room for an answer: an end-of-text token alone would teach to say nothing."""
+        return int((self.prompt_lengths + 2 > self.max_length).sum()) if self.mask_inputs else 0
+
     def row(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and labels of a row, (T,) each: all but the last token, and what follows each."""
         row = self.tokens[self.offsets[index] : self.offsets[index + 1]].long()
@@ -232,7 +236,8 @@ class PreparedSet:
             row = torch.cat((row[: self.max_length - 1], row[-1:]))
         labels = row[1:].clone()
         if self.mask_inputs:
-            labels[: int(self.prompt_lengths[index]) - 1] = IGNORE_INDEX
+            n_prompt = int(self.prompt_lengths[index])
+            labels[: n_prompt - 1 if n_prompt + 2 <= self.max_length else len(labels)] = IGNORE_INDEX
         return row[:-1], labels
 
     def prompt_and_answer(self, index: int) -> tuple[list[int], list[int]]:

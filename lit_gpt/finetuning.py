@@ -47,6 +47,10 @@ class Job:
         self.tokenizer = Tokenizer(checkpoint_dir)
         self.max_length = min(train.max_seq_length or config.block_size, config.block_size)
         self.train_data, self.val_data, self.meta = open_prepared(data_dir, self.tokenizer, self.max_length)
+        if self.train_data.n_without_labels() == len(self.train_data):
+            raise ValueError(
+                f"no training row has an answer within {self.max_length} tokens: raise --train.max_seq_length"
+            )
 
     def run(self, fabric: "Fabric", model: GPT, save: Callable[[Path, Run], None], name: str) -> None:
         """Train what requires gradients; `save(path, run)` writes it, at last as `name` in the out folder."""
@@ -92,6 +96,8 @@ class Job:
             f"{len(self.train_data):,} training rows, {len(self.val_data):,} validation rows, the longest of "
             f"{longest:,} tokens; {n_steps:,} steps of {self.train.global_batch_size} rows",
         ]
+        if silent := self.train_data.n_without_labels():
+            say.append(f"{silent:,} training rows have no answer within {self.max_length} tokens and teach nothing")
         if cut:
             say.append(f"{cut} rows were cut to {self.meta['max_seq_length']} tokens when they were prepared")
         print("\n".join(say), file=sys.stderr, flush=True)

@@ -82,7 +82,7 @@ def train_step(
         with fabric.no_backward_sync(model, enabled=index < len(batches) - 1):  # type: ignore[arg-type]
             loss = summed_loss(fabric, model, batch)
             # The devices' gradients will be averaged, so each loss counts world_size times.
-            fabric.backward(loss * (fabric.world_size / n_labels))
+            fabric.backward(loss * (fabric.world_size / n_labels.clamp(min=1)))
         total += loss.detach()
     norm = torch.zeros(())
     if max_norm:

@@ -53,6 +53,14 @@ def test_a_prepared_row_is_cut_again_when_trained_shorter(prepared: Path) -> Non
     assert int(short.row(0)[1][-1]) == int(whole.row(0)[1][-1])
 
 
+def test_a_row_without_room_for_an_answer_teaches_nothing(prepared: Path) -> None:
+    n_prompt = int(PreparedSet(prepared / "train.pt", mask_inputs=True, max_length=512).prompt_lengths[0])
+    for room, asked in ((-3, 0), (0, 0), (1, 0), (2, 2), (3, 3)):
+        rows = PreparedSet(prepared / "train.pt", mask_inputs=True, max_length=n_prompt + room)
+        assert int((rows.row(0)[1] != IGNORE_INDEX).sum()) == asked
+    assert rows.n_without_labels() < len(rows)
+
+
 def test_padding_asks_nothing(prepared: Path) -> None:
     rows = PreparedSet(prepared / "train.pt", mask_inputs=True, max_length=512)
     padded, packed = rows.batch([0, 1, 2], packing=False), rows.batch([0, 1, 2], packing=True)

@@ -219,6 +219,7 @@ BAD = {
     "empty checkpoint": ((*FINETUNE[:-1], "{tmp}"), "holds neither lit_config.json nor config.json"),
     "no data": ((*FINETUNE[:3], "--data_dir", "{tmp}", *FINETUNE[5:]), "run scripts/prepare_alpaca.py"),
     "precision": ((*FINETUNE, "--precision", "7-bit"), "unknown precision '7-bit'; known are 32-true"),
+    "only prompts": ((*FINETUNE, "--train.max_seq_length", "8"), "no training row has an answer within 8 tokens"),
     "no target": ((*FINETUNE, "--lora_query", "false", "--lora_value", "false"), "none is on"),
     "out_dir is a file": (
         ("finetune/lora", "--out_dir", "{data}/meta.json", *FINETUNE[3:]),
