@@ -19,7 +19,6 @@ from lit_gpt.report import Progress
 OLD_NAMES = {  # the original's spelling -> today's; `*` on the left is carried over
     "hendrycksTest-*": "mmlu_*",
     "truthfulqa_mc": "truthfulqa_mc1,truthfulqa_mc2",
-    "truthfulqa_gen": "truthfulqa_gen",
     "lambada": "lambada_openai",
 }
 Request = tuple[tuple[str, str], list[int], list[int]]
