@@ -32,8 +32,15 @@ def load_config(folder: Path, *, original: bool = False) -> Config:
         raise ValueError(
             f"{folder} holds neither {files.LIT_CONFIG} nor {files.HF_CONFIG}; run scripts/download.py again"
         )
+    hf_config = files.read_json(folder / files.HF_CONFIG)
+    if isinstance(told := hf_config.get("quantization_config"), dict):
+        method = told.get("quant_method", "an unknown method")
+        raise ValueError(
+            f"{folder} holds weights that are quantized already ({method}), which cannot be read; "
+            "download the unquantized model and use --quantize"
+        )
     try:
-        config = read_hf_config(files.read_json(folder / files.HF_CONFIG))
+        config = read_hf_config(hf_config)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{folder}: {error}") from error
     config.name = folder.name
