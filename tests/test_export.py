@@ -83,6 +83,34 @@ def test_validation_says_what_is_wrong(stories: Path, tmp_path: Path) -> None:
     assert "wrong shape: model.layers.0.mlp.gate_proj.weight (172, 64) instead of (100, 64)" in done.stdout
 
 
+CLASSES = {
+    "neox": "GPTNeoX",
+    "gemma3": "Gemma3Text",
+    "stablelm": "StableLm",
+    "gpt2": "GPT2",
+    "smollm3": "SmolLM3",
+    **{name: name.capitalize() for name in ("falcon", "llama", "mistral", "mixtral", "phi", "phi3", "gemma", "gemma2")},
+    **{name: name.capitalize() for name in ("qwen2", "qwen3", "olmo", "olmo2", "granite")},
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_what_a_config_leaves_out_is_transformers_default(name: str) -> None:
+    """Older files omit what equals a default; only the sizes and the rotation are always there."""
+    import transformers
+
+    padded = {"pad_token_id": 0} if name in ("phi3", "smollm3") else {}
+    whole = getattr(transformers, f"{CLASSES[name]}Config")(**padded).to_dict()
+    read = FAMILIES[name].read
+    for key in set(whole) - {"rope_parameters", "intermediate_size", "num_key_value_heads"}:
+        try:
+            without = read({other: value for other, value in whole.items() if other != key})
+        except ValueError as error:
+            assert "config.json has no" in str(error), key  # noqa: PT017 - a size is refused, not guessed
+            continue
+        assert without == read(whole), key
+
+
 PUBLISHED = {  # trainable parameters at r = 8 on query and value
     "stablelm-base-alpha-3b": 2_097_152,
     "Llama-2-7b-hf": 4_194_304,

@@ -29,8 +29,8 @@ def read_2(hf: HFConfig) -> Config:
         family="gemma2",
         norm_placement="both",
         attention_scale=hf.get("query_pre_attn_scalar", 256) ** -0.5,
-        attention_softcap=hf.get("attn_logit_softcapping"),
-        logit_softcap=hf.get("final_logit_softcapping"),
+        attention_softcap=hf.get("attn_logit_softcapping", 50.0),
+        logit_softcap=hf.get("final_logit_softcapping", 30.0),
     )
     window = {"sliding_window": 4096, **hf}
     return replace(config, **read_sliding(window, config.n_layer, on=True, slides=lambda i: (i + 1) % 2 == 1))
@@ -39,7 +39,8 @@ def read_2(hf: HFConfig) -> Config:
 def read_3(hf: HFConfig) -> Config:
     per_kind = hf.get("rope_parameters") or {}
     full, local = per_kind.get("full_attention"), per_kind.get("sliding_attention") or {}
-    config = read_2({"rope_theta": 1e6, **hf, "rope_parameters": full})
+    uncapped = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+    config = read_2({"rope_theta": 1e6, **uncapped, **hf, "rope_parameters": full})
     every = hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or 6
     return replace(
         config,

@@ -8,7 +8,7 @@ from lit_gpt.families.table import Family, HFConfig
 
 
 def read(hf: HFConfig) -> Config:
-    return replace(llama.read(hf), family="mistral", sliding_window=hf.get("sliding_window"))
+    return replace(llama.read(hf), family="mistral", sliding_window=hf.get("sliding_window", 4096))
 
 
 def write(config: Config) -> HFConfig:

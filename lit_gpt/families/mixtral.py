@@ -16,7 +16,7 @@ ROWS = without(mistral.FAMILY.rows, ".mlp.") + rows(
 
 def read(hf: HFConfig) -> Config:
     experts = {"n_expert": require(hf, "num_local_experts"), "n_expert_per_token": require(hf, "num_experts_per_tok")}
-    return replace(mistral.read(hf), family="mixtral", **experts)
+    return replace(mistral.read({"sliding_window": None, "rms_norm_eps": 1e-5, **hf}), family="mixtral", **experts)
 
 
 def write(config: Config) -> HFConfig:

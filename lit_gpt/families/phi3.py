@@ -17,7 +17,7 @@ ROWS = without(llama.ROWS, "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 
 
 def read(hf: HFConfig) -> Config:
-    return replace(llama.read(hf), family="phi3", sliding_window=hf.get("sliding_window"))
+    return replace(llama.read({"rms_norm_eps": 1e-5, **hf}), family="phi3", sliding_window=hf.get("sliding_window"))
 
 
 def write(config: Config) -> HFConfig:

@@ -8,7 +8,7 @@ from lit_gpt.families.table import Family, HFConfig, read_sliding, write_sliding
 
 
 def read(hf: HFConfig) -> Config:
-    config = replace(llama.read(hf), family="smollm3")
+    config = replace(llama.read({"tie_word_embeddings": True, **hf}), family="smollm3")
     rotated = hf.get("no_rope_layers")  # despite its name, 1 where the layer rotates
     if rotated is None:
         every = hf.get("no_rope_layer_interval") or 4
