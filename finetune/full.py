@@ -41,7 +41,7 @@ def main(
     from lit_gpt.training import Run
 
     kind = runtime.resolve_precision(precision, training=True)
-    job = Job(data_dir, checkpoint_dir, out_dir, train, eval, {**settings, "precision": kind.name})
+    job = Job(data_dir, checkpoint_dir, out_dir, train, eval, None, {**settings, "precision": kind.name})
     fabric = runtime.launch(kind, devices, num_nodes)
     fabric.seed_everything(seed, verbose=False)
     model = checkpoint.load_model(checkpoint_dir, kind.trained, device=fabric.device)

@@ -62,7 +62,7 @@ def main(
     adapter = lora.LoRASettings.from_flags(lora_r, lora_alpha, lora_dropout, **targets)
     kind = runtime.resolve_precision(precision, training=True)
     bits = quantization.resolve(quantize)
-    job = Job(data_dir, checkpoint_dir, out_dir, train, eval, {**settings, "precision": kind.name})
+    job = Job(data_dir, checkpoint_dir, out_dir, train, eval, adapter, {**settings, "precision": kind.name})
     fabric = runtime.launch(kind, devices, num_nodes)
     fabric.seed_everything(seed, verbose=False)
     model = checkpoint.load_model(

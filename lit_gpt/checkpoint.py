@@ -150,13 +150,13 @@ def load_model(
         if quantize and leaf == "weight" and quantization.quantizable(owner, model.get_submodule(owner)):
             surgery.put(model, owner, quantization.quantize(tensor.to(device), quantize))
         else:
-            _place(model, name, tensor, dtype, norm_dtype, device)
+            place(model, name, tensor, dtype, norm_dtype, device)
         progress(done, len(weights.metas))
     model.tie()
     return model
 
 
-def _place(
+def place(
     model: GPT, name: str, tensor: torch.Tensor, dtype: torch.dtype, norm_dtype: torch.dtype, device: torch.device | str
 ) -> None:
     owner, leaf = name.rsplit(".", 1)
@@ -190,7 +190,7 @@ def _load_quantized(
         if isinstance(module, nn.Linear) and quantization.quantizable(owner, module):
             surgery.put(model, owner, quantization.empty(module.in_features, module.out_features, quantize))
     for name, tensor in state.items():
-        _place(model, name, tensor, dtype, norm_dtype, device)
+        place(model, name, tensor, dtype, norm_dtype, device)
     model.tie()
     return model
 

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -192,9 +193,14 @@ class Batch:
     labels: torch.Tensor
     lengths: tuple[int, ...] | None  # of the rows laid end to end; None if padded
 
+    @cached_property
+    def where(self) -> torch.Tensor:
+        """The labelled ones of all positions (n_labels,), row after row."""
+        return (self.labels != IGNORE_INDEX).flatten().nonzero()[:, 0]
+
     @property
     def n_labels(self) -> int:
-        return int((self.labels != IGNORE_INDEX).sum())
+        return len(self.where)
 
     def unlabelled(self) -> "Batch":
         """The same tokens with nothing asked of them."""
@@ -219,6 +225,10 @@ class PreparedSet:
     def lengths(self) -> torch.Tensor:
         """Tokens of each row (n_rows,), after cutting."""
         return self.offsets.diff().clamp(max=self.max_length)
+
+    def longest(self, n: int) -> list[int]:
+        """The n longest rows."""
+        return self.lengths().topk(min(n, len(self))).indices.tolist()
 
     def n_tokens(self, rows: Sequence[int]) -> int:
         """Tokens that training on these rows reads: all but each row's last."""

@@ -3,22 +3,24 @@
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_gpt import checkpoint, files
+from lit_gpt import checkpoint, files, memory
 from lit_gpt.args import EvalArgs, TrainArgs
 from lit_gpt.data import open_prepared
 from lit_gpt.generation import generate
+from lit_gpt.lora import LoRASettings
 from lit_gpt.model import GPT
 from lit_gpt.report import Metrics, duration, table
-from lit_gpt.runtime import peak_memory_gb
+from lit_gpt.runtime import PRECISIONS, device_of_this_machine, memory_limit_bytes, peak_memory_gb
 from lit_gpt.tokenizer import Tokenizer
-from lit_gpt.training import Run, evaluate, fit, total_steps
+from lit_gpt.training import Run, evaluate, fit, rehearse, total_steps
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -37,13 +39,15 @@ class Job:
         out_dir: Path,
         train: TrainArgs,
         eval: EvalArgs,
+        adapter: LoRASettings | None,
         settings: dict[str, Any],
     ):
+        """`adapter` None trains every weight. Raises ValueError for whatever the run could not be finished with."""
         if out_dir.exists() and not out_dir.is_dir():
             raise ValueError(f"--out_dir {out_dir} is a file; name a folder")
         self.checkpoint_dir, self.out_dir, self.train, self.eval = checkpoint_dir, out_dir, train, eval
         self.settings, self.seed = settings, int(settings["seed"])
-        config = checkpoint.load_config(checkpoint_dir)
+        self.config = config = checkpoint.load_config(checkpoint_dir)
         self.tokenizer = Tokenizer(checkpoint_dir)
         self.max_length = min(train.max_seq_length or config.block_size, config.block_size)
         self.train_data, self.val_data, self.meta = open_prepared(data_dir, self.tokenizer, self.max_length)
@@ -51,6 +55,17 @@ class Job:
             raise ValueError(
                 f"no training row has an answer within {self.max_length} tokens: raise --train.max_seq_length"
             )
+        self.longest_rows = self.train_data.longest(train.micro_batch_size)
+        self.memory = memory.Setting(
+            PRECISIONS[settings["precision"]],
+            settings.get("quantize"),
+            adapter,
+            tuple(self.train_data.lengths()[self.longest_rows].tolist()),
+            settings["activation_checkpointing"],
+            settings.get("optimizer", "adamw"),
+            device_of_this_machine().type,
+        )
+        self.plan = memory.plan_training(config, self.memory)
 
     def run(self, fabric: "Fabric", model: GPT, save: Callable[[Path, Run], None], name: str) -> None:
         """Train what requires gradients; `save(path, run)` writes it, at last as `name` in the out folder."""
@@ -63,19 +78,21 @@ class Job:
         if fabric.is_global_zero:
             files.save_text(self.out_dir / files.HYPERPARAMETERS, to_yaml(self.settings))
         started = time.monotonic()
-        run = fit(
-            fabric,
-            wrapped,
-            optimizer,
-            self.train_data,
-            self.val_data,
-            train=self.train,
-            eval=self.eval,
-            seed=self.seed,
-            metrics=Metrics(self.out_dir / files.METRICS, enabled=fabric.is_global_zero),
-            save=lambda run: self._save(fabric, save, files.periodic_name(run.iteration), run),
-            sample=lambda number: self._sample(fabric, model, number) if fabric.is_global_zero else "",
-        )
+        with self._advising(fabric.device):
+            rehearse(fabric, wrapped, self.train_data.batch(self.longest_rows, packing=self.train.packing))
+            run = fit(
+                fabric,
+                wrapped,
+                optimizer,
+                self.train_data,
+                self.val_data,
+                train=self.train,
+                eval=self.eval,
+                seed=self.seed,
+                metrics=Metrics(self.out_dir / files.METRICS, enabled=fabric.is_global_zero),
+                save=lambda run: self._save(fabric, save, files.periodic_name(run.iteration), run),
+                sample=lambda number: self._sample(fabric, model, number) if fabric.is_global_zero else "",
+            )
         self._save(fabric, save, name, run)  # first of all: nothing that follows may cost the result
         if self.eval.final_validation:
             run.val_loss = evaluate(fabric, wrapped, self.val_data, self.train, self.eval.max_iters)
@@ -100,7 +117,26 @@ class Job:
             say.append(f"{silent:,} training rows have no answer within {self.max_length} tokens and teach nothing")
         if cut:
             say.append(f"{cut} rows were cut to {self.meta['max_seq_length']} tokens when they were prepared")
+        parts = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in self.plan.parts.items() if size >= 5e6)
+        say.append(f"planned memory at the peak: {self.plan.gb:.2f} GB ({parts})")
+        if self.plan.total > (limit := memory_limit_bytes(fabric.device)):
+            told = memory.advice(self.config, self.memory, limit)
+            say.append(f"warning: this device has {limit / 1e9:.2f} GB; {told}")
         print("\n".join(say), file=sys.stderr, flush=True)
+
+    @contextmanager
+    def _advising(self, device: torch.device) -> Iterator[None]:
+        """Say with which flags it would fit when memory runs out."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            limit = memory_limit_bytes(device)
+            raise ValueError(
+                f"out of memory: {self.plan.gb:.2f} GB were planned and this device has {limit / 1e9:.2f} GB; "
+                f"{memory.advice(self.config, self.memory, 0.9 * limit)}; see tutorials/oom.md"
+            ) from error
 
     def _save(self, fabric: "Fabric", save: Callable[[Path, Run], None], name: str, run: Run) -> None:
         if fabric.is_global_zero:
@@ -128,6 +164,7 @@ class Job:
             "val_loss": round(run.val_loss, 4) if self.eval.final_validation else None,
             "seconds": round(seconds, 1),
             "peak_memory_gb": round(peak_memory_gb(), 2),
+            "planned_memory_gb": round(self.plan.gb, 2),
         }
         files.save_text(self.out_dir / files.REPORT, json.dumps(figures, indent=2) + "\n")
         rows = [("figure", "value"), *((key, f"{value:,}") for key, value in figures.items() if value is not None)]

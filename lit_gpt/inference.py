@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from lit_gpt.checkpoint import Adapter
 from lit_gpt.generation import generate
 from lit_gpt.model import GPT
 from lit_gpt.report import Progress
-from lit_gpt.runtime import Precision, device_of_this_machine, peak_memory_gb, resolve_precision
+from lit_gpt.runtime import Precision, autocast, device_of_this_machine, peak_memory_gb, resolve_precision
 from lit_gpt.tokenizer import Tokenizer
 
 
@@ -52,9 +52,7 @@ class Assistant:
 
     def autocast(self) -> AbstractContextManager[object]:
         """What mixed precision needs around the model."""
-        if not self.precision.mixed:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.precision.frozen)
+        return autocast(self.precision, self.device.type)
 
     def stream(
         self, prompt: str, max_new_tokens: int, sampler: Callable[[torch.Tensor], torch.Tensor], taken: list[int]

@@ -39,11 +39,13 @@ class GPT(nn.Module):
         tokens: torch.Tensor,
         *,
         labels: torch.Tensor | None = None,
+        where: torch.Tensor | None = None,
         lengths: Sequence[int] | None = None,
         cache: KVCache | None = None,
     ) -> torch.Tensor:
         """Logits (B, T, V) of tokens (B, T); with `labels` (B, T), the summed cross entropy of the labelled positions.
 
+        `where` (n,) are the labelled ones of the B * T positions; if absent they are looked up: a GPU has to wait.
         `lengths` says that one row (1, T) holds several sequences end to end. With `cache`, the tokens follow those
         that it holds, and are stored in it.
         """
@@ -51,7 +53,9 @@ class GPT(nn.Module):
         if labels is None:
             return self.head(x)
         trained = [p for p in self.lm_head.parameters() if p.requires_grad]
-        return ops.head_loss(self.head, trained, x, labels, ignore_index=IGNORE_INDEX)
+        if where is None:
+            where = (labels != IGNORE_INDEX).flatten().nonzero()[:, 0]
+        return ops.head_loss(self.head, trained, x, labels, where)
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (..., V) of a state (..., C)."""

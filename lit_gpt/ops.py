@@ -3,7 +3,8 @@
 A faster body stands beside its plain twin here, with the same signature, and a test runs both.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,23 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
+
+
+_pretended: list[str] = []
+
+
+@contextmanager
+def as_on(device: str) -> Iterator[None]:
+    """Choose bodies as on this type of device, whatever the tensors' own: for planning."""
+    _pretended.append(device)
+    try:
+        yield
+    finally:
+        _pretended.pop()
+
+
+def _device(x: torch.Tensor) -> str:
+    return _pretended[-1] if _pretended else x.device.type
 
 
 @dataclass
@@ -76,7 +94,7 @@ def _causal(
     n = q.shape[2]
     slides = window is not None and window < n
     # On CPUs the fused kernel gains little from bfloat16: up to about a thousand tokens plain products are faster.
-    plain = q.device.type == "cpu" and q.dtype != torch.float32 and n <= 1024
+    plain = _device(q) == "cpu" and q.dtype != torch.float32 and n <= 1024
     if softcap is None and not slides and not plain:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     hidden = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
@@ -105,18 +123,17 @@ def head_loss(
     parameters: Sequence[torch.Tensor],
     x: torch.Tensor,
     labels: torch.Tensor,
+    where: torch.Tensor,
     *,
-    ignore_index: int,
     chunk: int = 256,
 ) -> torch.Tensor:
     """Sum over the labelled positions of the cross entropy of `head(x)`; a float32 scalar.
 
-    x is (B, T, C), labels (B, T). Positions without a label are dropped before the vocabulary product, and only `chunk`
-    rows of logits exist at a time: their gradient is taken within the forward pass and kept instead of them.
-    `parameters` are the trainable tensors inside `head`.
+    x is (B, T, C), labels (B, T), `where` (n,) the labelled ones of the B * T positions. The others are dropped before
+    the vocabulary product, and only `chunk` rows of logits exist at a time: their gradient is taken within the forward
+    pass and kept instead of them. `parameters` are the trainable tensors inside `head`.
     """
-    wanted = (labels != ignore_index).flatten()
-    x, labels = x.flatten(0, 1)[wanted], labels.flatten()[wanted]
+    x, labels = x.flatten(0, 1)[where], labels.flatten()[where]
     return _HeadLoss.apply(head, chunk, labels, x, *parameters)
 
 

@@ -5,6 +5,7 @@ also stores the scales in 8 bits). 8-bit: each row shares a scale. Only a frozen
 beside it trains. bitsandbytes gives the levels and the kernels; where one is wrong for a shape, plain torch is used.
 """
 
+import functools
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -75,6 +76,10 @@ class QuantizedLinear(nn.Linear):
         """The weight (out, in) as it computes."""
         raise NotImplementedError
 
+    def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each part but the bias."""
+        raise NotImplementedError
+
     def parts(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What has to be stored of it."""
         yield from self.state_dict().items()
@@ -118,6 +123,10 @@ class Linear8bit(QuantizedLinear):
         self.load("weight", (weight.float() / scale).round().to(torch.int8))
         self.load("scale", scale)
 
+    def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        n, k = self.out_features, self.in_features
+        return {"weight": ((n, k), torch.int8), "scale": ((n, 1), torch.float32)}
+
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         return self.weight.to(dtype) * self.get_buffer("scale").to(dtype)
 
@@ -128,6 +137,7 @@ class Linear4bit(QuantizedLinear):
     def __init__(self, in_features: int, out_features: int, kind: str):
         super().__init__(in_features, out_features, kind)
         self.levels = kind.removeprefix("bnb.").removesuffix("-dq")
+        self.nested_levels = _nested_levels() if kind.endswith("-dq") else ()
         self.packed: tuple[torch.Tensor, torch.Tensor] | None = None  # for one-token decoding, see `pack`
 
     def fill(self, weight: torch.Tensor) -> None:
@@ -141,16 +151,24 @@ class Linear4bit(QuantizedLinear):
         for leaf, tensor in (("absmax", small), ("nested_absmax", state.absmax), ("offset", offset)):
             self.load(leaf, tensor)
 
+    def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        n = self.out_features * self.in_features
+        n_blocks = -(-n // BLOCK)
+        codes = {"weight": ((-(-n // 2), 1), torch.uint8)}
+        if not self.kind.endswith("-dq"):
+            return {**codes, "absmax": ((n_blocks,), torch.float32)}
+        nested = {"nested_absmax": ((-(-n_blocks // NESTED_BLOCK),), torch.float32), "offset": ((), torch.float32)}
+        return {**codes, "absmax": ((n_blocks,), torch.uint8), **nested}
+
     def scales(self) -> torch.Tensor:
         """The scale of each block, float32."""
         stored = self._buffers["absmax"]
         assert stored is not None
         if not self.kind.endswith("-dq"):
             return stored
-        functional = _bitsandbytes().functional
-        code = functional.create_dynamic_map().to(stored.device)
-        nested = self.get_buffer("nested_absmax")
-        absmax = functional.dequantize_blockwise(stored, absmax=nested, code=code, blocksize=NESTED_BLOCK)
+        code = torch.tensor(self.nested_levels, device=stored.device)
+        operator = torch.ops.bitsandbytes.dequantize_blockwise.default
+        absmax = operator(stored, self.get_buffer("nested_absmax"), code, NESTED_BLOCK, torch.float32)
         return absmax + self.get_buffer("offset")
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
@@ -187,6 +205,13 @@ class Linear4bit(QuantizedLinear):
         shape = [self.out_features, self.in_features]
         y = torch.ops.bitsandbytes.gemv_4bit.default(x.to(dtype).contiguous(), weight, shape, absmax, self.code, BLOCK)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+@functools.cache
+def _nested_levels() -> tuple[float, ...]:
+    """The 256 levels that the scales of a double-quantized weight take."""
+    levels: list[float] = _bitsandbytes().functional.create_dynamic_map().tolist()
+    return tuple(levels)
 
 
 def pack_rows(codes: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,13 @@
 """One Fabric from (devices, precision), and what each precision means for the weights."""
 
 import logging
+import os
 import resource
 import sys
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -94,6 +97,11 @@ def checkpoint_activations(model: "GPT") -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
+def autocast(precision: Precision, device: str) -> AbstractContextManager[object]:
+    """What mixed precision needs around a model that Fabric has not wrapped."""
+    return torch.autocast(device, precision.frozen) if precision.mixed else nullcontext()
+
+
 def device_of_this_machine() -> torch.device:
     """Where a script that does not train runs."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -105,6 +113,25 @@ def peak_memory_gb() -> float:
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def resident_bytes() -> int:
+    """What this process holds in the machine's memory now; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
+
+
+def memory_limit_bytes(device: torch.device) -> int:
+    """What a process may use: the GPU's memory, or the machine's (the container's, if that is less)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    cgroup = Path("/sys/fs/cgroup/memory.max")
+    if cgroup.is_file() and (told := cgroup.read_text().strip()).isdigit():
+        limits.append(int(told))
+    return min(limits)
 
 
 def quiet() -> None:

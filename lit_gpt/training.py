@@ -93,6 +93,18 @@ def train_step(
     return StepResult(over_devices(fabric, total), norm, n_labels)
 
 
+def rehearse(fabric: "Fabric", model: "Module", batch: Batch) -> None:
+    """Run one micro-batch there and back and forget it: what does not fit fails now, not in an hour.
+
+    Random states and gradients are as before.
+    """
+    devices = [fabric.device] if fabric.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), fabric.no_backward_sync(model):  # type: ignore[arg-type]
+        fabric.backward(summed_loss(fabric, model, batch))
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
 def over_devices(fabric: "Fabric", value: torch.Tensor) -> torch.Tensor:
     """The sum of every device's value."""
     total = fabric.all_reduce(value, reduce_op="sum")
@@ -102,8 +114,8 @@ def over_devices(fabric: "Fabric", value: torch.Tensor) -> torch.Tensor:
 
 def summed_loss(fabric: "Fabric", model: "Module", batch: Batch) -> torch.Tensor:
     """The summed cross entropy of a batch's labelled tokens."""
-    tokens, labels = batch.tokens.to(fabric.device), batch.labels.to(fabric.device)
-    return model(tokens, labels=labels, lengths=batch.lengths)
+    tokens, labels, where = (t.to(fabric.device) for t in (batch.tokens, batch.labels, batch.where))
+    return model(tokens, labels=labels, where=where, lengths=batch.lengths)
 
 
 @torch.no_grad()

@@ -1,0 +1,145 @@
+"""The planner against real tensors, against itself, and against the figures that were published."""
+
+import itertools
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run_script
+
+from lit_gpt import memory, runtime
+from lit_gpt.config import Config
+from lit_gpt.lora import LoRASettings
+from lit_gpt.memory import Ledger, Setting
+
+BF16, MIXED, FULL = (runtime.PRECISIONS[name] for name in ("bf16-true", "bf16-mixed", "32-true"))
+SMALL = Config(n_layer=5, n_head=4, n_embd=128, intermediate_size=256, vocab_size=512, block_size=256)
+
+
+def test_the_ledger_counts_what_lives_together() -> None:
+    with Ledger() as ledger:
+        ledger.part = "a"
+        first = torch.empty(1024, dtype=torch.uint8)
+        view = first[10:]
+        second = torch.empty(100, dtype=torch.uint8)  # takes a multiple of 512
+        del second
+        third = torch.empty(700, dtype=torch.uint8)
+        del first
+    assert ledger.peak["a"] == 1024 + 1024
+    assert ledger.now["a"] == 1024 + 1024  # the view keeps its storage
+    del view, third
+    assert ledger.now["a"] == 0
+
+
+def test_weights_are_counted_to_the_byte() -> None:
+    """SmolLM2-135M: 134,515,008 parameters, its head tied to the embedding; norms are float32 under mixed precision."""
+    config = Config.from_name("SmolLM2-135M-Instruct")
+    parts = memory.plan_training(config, Setting(BF16, rows=(64,))).parts
+    n_norms = 61 * 576
+    assert parts["weights"] == pytest.approx(2 * 134_515_008, abs=70 * memory.ROUNDING)
+    mixed = memory.plan_training(config, Setting(MIXED, rows=(64,))).parts
+    assert mixed["weights"] - parts["weights"] == pytest.approx(2 * n_norms, abs=70 * memory.ROUNDING)
+    n_factors = 30 * 8 * ((576 + 576) + (576 + 192))
+    for part, per_number in (("adapter", 4), ("gradients", 4), ("optimizer", 8)):
+        assert parts[part] == pytest.approx(per_number * n_factors, abs=130 * memory.ROUNDING)
+
+
+def test_quantized_weights_take_their_bits() -> None:
+    config = Config.from_name("Llama-2-7b-hf")
+    linear, rest = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 2 * 32000 * 4096 + 65 * 4096
+    for kind, bits in (("bnb.nf4", 4.5), ("bnb.nf4-dq", 4 + 8 / 64 + 32 / 64 / 256), ("bnb.int8", 8)):
+        weights = memory.plan_inference(config, Setting(BF16, kind, None, (16,))).parts["weights"]
+        assert weights == pytest.approx(linear * bits / 8 + 2 * rest, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        Setting(MIXED, rows=(100, 80)),
+        Setting(BF16, "bnb.nf4", rows=(100,), activation_checkpointing=True),
+        Setting(FULL, lora=None, rows=(60, 60), device="cpu"),
+        Setting(BF16, lora=LoRASettings(targets=("query", "mlp", "head")), rows=(100,)),
+    ],
+    ids=["lora", "qlora", "full", "all"],
+)
+def test_shallow_models_tell_of_deep_ones(setting: Setting) -> None:
+    quick, whole = memory.plan_training(SMALL, setting), memory._training(SMALL, setting)
+    for part, size in whole.parts.items():
+        if part != "program":
+            assert quick.parts[part] == pytest.approx(size, rel=0.01)
+
+
+def test_a_real_step_on_this_machine_holds_what_was_planned() -> None:
+    """The same ledger around real tensors, which nobody has told what the plan said."""
+    from lit_gpt import lora
+    from lit_gpt.model import GPT
+
+    setting = Setting(FULL, rows=(100, 80), device="cpu")
+    planned = memory.plan_training(SMALL, setting).parts
+    with Ledger(SMALL.vocab_size) as ledger:
+        ledger.part = "model"
+        model = GPT(SMALL)
+        lora.attach(model, setting.lora or LoRASettings())
+        ledger.part = "activations"
+        ledger.peak.clear()
+        tokens = torch.zeros(1, 178, dtype=torch.long)
+        model(tokens, labels=tokens, where=torch.arange(178), lengths=(99, 79)).backward()
+    real = sum(size for part, size in ledger.peak.items() if part != "model")
+    assert planned["activations"] + planned.get("logits", 0) == pytest.approx(real, rel=0.02)
+
+
+def test_remedies_lower_the_peak_each_on_top_of_the_last() -> None:
+    config = Config.from_name("Llama-2-7b-hf")
+    setting = Setting(BF16, rows=(512, 512))
+    peaks = [memory.plan_training(config, setting).total]
+    flags = []
+    for flag, tried in memory.remedies(setting):
+        flags.append(flag)
+        peaks.append(memory.plan_training(config, tried).total)
+    assert flags == [
+        "--train.micro_batch_size",
+        "--activation_checkpointing",
+        "--quantize",
+        "--train.max_seq_length",
+    ]
+    assert all(after < before for before, after in itertools.pairwise(peaks))
+    told = memory.advice(config, setting, 8e9)
+    assert told.startswith(
+        "--train.micro_batch_size 1 --activation_checkpointing true --quantize bnb.nf4 would take 4."
+    )
+    assert "take a smaller model" in memory.advice(config, replace(setting, rows=(64,)), 1e9)
+
+
+def test_the_script_says_which_flags_fit(tmp_path: Path) -> None:
+    done = run_script("scripts/estimate_memory", "--model_name", "Llama-2-7b-hf", "--memory_limit", "24GB")
+    assert "does not fit: --train.micro_batch_size 1 would take" in done.stdout
+    assert "weights      13.48 GB" in done.stdout
+    fits = run_script(
+        *("scripts/estimate_memory", "--model_name", "pythia-14m", "--memory_limit", "24GB"), "--quantize", "bnb.nf4"
+    )
+    assert "24GB: training fits" in fits.stdout
+    for flags, message in (
+        (("--model_name", "no-such"), "no preset is named"),
+        ((), "either --checkpoint_dir or --model_name"),
+        (("--model_name", "pythia-14m", "--memory_limit", "much"), "a size such as 24GB"),
+    ):
+        refused = run_script("scripts/estimate_memory", *flags, check=False)
+        assert refused.returncode == 1
+        assert message in refused.stderr
+
+
+@pytest.mark.slow
+def test_published_figures_are_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training within 5 %, inference within 10 %, of every figure in benchmarks/published_memory.py."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from published_memory import LONGEST, PROMPT, PUBLISHED, original
+
+    for name, precision, quantize, batch, *figures in PUBLISHED:
+        for published, trains, limit in zip(figures, (True, False), (0.05, 0.10), strict=True):
+            if published is not None:
+                length = LONGEST[name] if trains else PROMPT
+                predicted = original(Config.from_name(name), precision, quantize, length, batch=batch, trains=trains)
+                assert predicted == pytest.approx(published, rel=limit), (name, precision, quantize, batch, trains)
+    sys.modules.pop("published_memory")
