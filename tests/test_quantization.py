@@ -234,6 +234,6 @@ def test_merging_into_what_training_saw_keeps_the_unmerged_loss(stories: Path, p
     assert losses["merged into the original weights"] != losses["base + adapter, unmerged"]
     merged = dict(checkpoint.Weights.from_folder(tmp_path / "merged"))
     base = dict(checkpoint.Weights.from_folder(stories))
-    seen = quantization.round_trip(base["transformer.h.0.attn.k.weight"], "bnb.nf4")
+    seen = quantization.quantize(base["transformer.h.0.attn.k.weight"], "bnb.nf4").dense(torch.float32)
     assert torch.equal(merged["transformer.h.0.attn.k.weight"], seen)  # a layer without an update
     assert torch.equal(merged["transformer.wte.weight"], base["transformer.wte.weight"])
