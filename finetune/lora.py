@@ -21,6 +21,7 @@ def main(
     lora_projection: bool = False,
     lora_mlp: bool = False,
     lora_head: bool = False,
+    optimizer: str = "adamw",
     train: TrainArgs = TrainArgs(),  # noqa: B008 - frozen
     eval: EvalArgs = EvalArgs(),  # noqa: B008
     activation_checkpointing: bool = False,
@@ -45,6 +46,7 @@ def main(
         lora_projection: Adapt the attention's output.
         lora_mlp: Adapt the MLP's layers.
         lora_head: Adapt the output head.
+        optimizer: adamw, adamw-8bit, adamw-paged, adamw-8bit-paged or sgd.
         train: How to train.
         eval: When and how to validate.
         activation_checkpointing: Run each block twice instead of keeping what is inside it: less memory, more work.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_gpt import checkpoint, files
+from lit_gpt import checkpoint, files, optimizers
 from lit_gpt.args import EvalArgs, TrainArgs
 from lit_gpt.data import open_prepared
 from lit_gpt.generation import generate
@@ -43,6 +43,7 @@ class Job:
             raise ValueError(f"--out_dir {out_dir} is a file; name a folder")
         self.checkpoint_dir, self.out_dir, self.train, self.eval = checkpoint_dir, out_dir, train, eval
         self.settings, self.seed = settings, int(settings["seed"])
+        self.make_optimizer = optimizers.resolve(settings["optimizer"], scaled=settings["precision"] == "16-mixed")
         config = checkpoint.load_config(checkpoint_dir)
         self.tokenizer = Tokenizer(checkpoint_dir)
         self.max_length = min(train.max_seq_length or config.block_size, config.block_size)
@@ -56,9 +57,7 @@ class Job:
         """Train what requires gradients; `save(path, run)` writes it, at last as `name` in the out folder."""
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._announce(fabric, model, trained)
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            trained, lr=self.train.learning_rate, weight_decay=self.train.weight_decay, fused=True
-        )
+        optimizer = self.make_optimizer(trained, lr=self.train.learning_rate, weight_decay=self.train.weight_decay)
         wrapped, optimizer = fabric.setup(model, optimizer)
         if fabric.is_global_zero:
             files.save_text(self.out_dir / files.HYPERPARAMETERS, to_yaml(self.settings))
