@@ -36,7 +36,8 @@ def main(
         checkpoint_dir: The base: a converted folder, or one that holds only HF files.
         out_dir: Where adapter, metrics and report go.
         precision: bf16-mixed, bf16-true, 16-mixed, 16-true or 32-true; the default is the best that this machine has.
-        quantize: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8: keep the frozen weights in 4 or 8 bits.
+        quantize: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8: keep the frozen weights in 4 or 8 bits;
+            with +head after it the output head too.
         lora_r: Rank of the update.
         lora_alpha: The update is scaled by alpha / r.
         lora_dropout: Share of a layer's inputs that its update does not see while training.

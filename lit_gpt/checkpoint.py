@@ -138,13 +138,19 @@ class Weights:
         """Like iteration, but a weight that is kept in few bits comes as the layer that holds it, on the device.
 
         So come those that the files keep in 4 bits, their numbers unchanged, and with `kind` all that it quantizes.
+        Raises ValueError if that is a head which is not there.
         """
+        if kind and kind.endswith(quantization.HEAD) and self.config.tie_embeddings:
+            raise ValueError(
+                f"{self.source.where} has no head of its own to quantize: its embedding serves as one, and stays as it "
+                f"is; use --quantize {kind.removesuffix(quantization.HEAD)}"
+            )
         skeleton = hollow(self.config)
         for step in self.steps:
             for name, part in zip(step.ours, self._stored(step), strict=True):
                 owner, leaf = name.rsplit(".", 1)
                 made: torch.Tensor | QuantizedLinear = part
-                if kind and leaf == "weight" and quantization.quantizable(owner, skeleton.get_submodule(owner)):
+                if kind and leaf == "weight" and quantization.quantizable(owner, skeleton.get_submodule(owner), kind):
                     made = self._quantized(part, kind, device)
                 yield name, made.to(device) if isinstance(made, QuantizedLinear) else made
             self.source.release(step.theirs)
@@ -233,7 +239,7 @@ def _load_quantized(
     state = files.load_dict(folder / files.quantized_name(quantize), mmap=True)["weights"]
     model.config.tie_embeddings = "lm_head.weight" not in state
     for owner, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and quantization.quantizable(owner, module):
+        if isinstance(module, nn.Linear) and quantization.quantizable(owner, module, quantize):
             surgery.put(model, owner, quantization.empty(module.in_features, module.out_features, quantize))
     for name, tensor in state.items():
         _place(model, name, tensor, dtype, norm_dtype, device)

@@ -18,17 +18,19 @@ BLOCK = 64  # numbers that share a scale
 NESTED_BLOCK = 256  # scales that share a scale, with -dq
 KINDS = ("bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8")
 SYNONYMS = {"bnb.int8-training": "bnb.int8"}
+HEAD = "+head"  # may end a kind: the output head too
 
 
 def resolve(kind: str | None) -> str | None:
     """The kind's own name. Raises ValueError that lists the kinds, or says how to install bitsandbytes."""
     if kind is None:
         return None
-    kind = SYNONYMS.get(kind, kind)
-    if kind not in KINDS:
-        raise ValueError(f"unknown --quantize {kind!r}; known are {', '.join((*KINDS, *SYNONYMS))}")
+    base = SYNONYMS.get(kind.removesuffix(HEAD), kind.removesuffix(HEAD))
+    if base not in KINDS:
+        known = ", ".join((*KINDS, *SYNONYMS))
+        raise ValueError(f"unknown --quantize {kind!r}; known are {known}, each with {HEAD} for the output head too")
     import_bitsandbytes("--quantize")
-    return kind
+    return base + HEAD if kind.endswith(HEAD) else base
 
 
 @cache
@@ -43,9 +45,13 @@ def import_bitsandbytes(asked_by: str = "this") -> Any:
     return bitsandbytes
 
 
-def quantizable(name: str, module: nn.Module) -> bool:
-    """Plain linear layers, but not the head, and not the router of a mixture of experts, whose choices are delicate."""
-    return type(module) is nn.Linear and name != "lm_head" and not name.endswith("router")
+def quantizable(name: str, module: nn.Module, kind: str = "") -> bool:
+    """Plain linear layers, but not the router of a mixture of experts, whose choices are delicate.
+
+    The head, whose errors nothing after it evens out, only if the kind says so.
+    """
+    named = (name != "lm_head" or kind.endswith(HEAD)) and not name.endswith("router")
+    return type(module) is nn.Linear and named
 
 
 def quantize(weight: torch.Tensor, kind: str) -> "QuantizedLinear":
@@ -57,6 +63,7 @@ def quantize(weight: torch.Tensor, kind: str) -> "QuantizedLinear":
 
 def empty(in_features: int, out_features: int, kind: str) -> "QuantizedLinear":
     """A layer without numbers, for `load`."""
+    kind = kind.removesuffix(HEAD)
     made: QuantizedLinear = (Linear8bit if kind == "bnb.int8" else Linear4bit)(in_features, out_features, kind)
     return made
 
@@ -173,7 +180,7 @@ class Linear4bit(QuantizedLinear):
 
     def is_of(self, kind: str) -> bool:
         """Whether `quantize` makes layers like this one of that kind."""
-        return self.kind == kind and self.block == BLOCK
+        return self.kind == kind.removesuffix(HEAD) and self.block == BLOCK
 
     def at(self, index: torch.Tensor) -> torch.Tensor:
         """See above; the others stay packed."""
