@@ -137,31 +137,28 @@ class Weights:
     ) -> Iterator[tuple[str, torch.Tensor | QuantizedLinear]]:
         """Like iteration, but a weight that is kept in few bits comes as the layer that holds it, on the device.
 
-        So come those that the files keep in 4 bits, their numbers unchanged, and with `kind` all that it quantizes.
-        Raises ValueError if that is a head which is not there.
+        With `kind` so come all that it quantizes, else those that the files keep in 4 bits, their numbers unchanged.
+        Raises ValueError if the kind asks for a head which is not there.
         """
         if kind and kind.endswith(quantization.HEAD) and self.config.tie_embeddings:
             raise ValueError(
                 f"{self.source.where} has no head of its own to quantize: its embedding serves as one, and stays as it "
                 f"is; use --quantize {kind.removesuffix(quantization.HEAD)}"
             )
-        skeleton = hollow(self.config)
+        wanted = {
+            f"{owner}.weight"
+            for owner, module in hollow(self.config).named_modules()
+            if kind and quantization.quantizable(owner, module, kind)
+        }
         for step in self.steps:
             for name, part in zip(step.ours, self._stored(step), strict=True):
-                owner, leaf = name.rsplit(".", 1)
                 made: torch.Tensor | QuantizedLinear = part
-                if kind and leaf == "weight" and quantization.quantizable(owner, skeleton.get_submodule(owner), kind):
-                    made = self._quantized(part, kind, device)
+                if kind and isinstance(made, Linear4bit) and not (name in wanted and made.is_of(kind)):
+                    made = made.dense(torch.float32)
+                if kind and name in wanted and isinstance(made, torch.Tensor):
+                    made = quantization.quantize(made.to(device), kind)
                 yield name, made.to(device) if isinstance(made, QuantizedLinear) else made
             self.source.release(step.theirs)
-
-    @staticmethod
-    def _quantized(part: torch.Tensor | Linear4bit, kind: str, device: torch.device | str) -> QuantizedLinear:
-        if isinstance(part, Linear4bit):
-            if part.is_of(kind):
-                return part
-            part = part.dense(torch.float32)
-        return quantization.quantize(part.to(device), kind)
 
     def _read(self, step: Step) -> tuple[torch.Tensor, ...]:
         return step.via.split(self.config, self.source.read(step.theirs))

@@ -183,10 +183,14 @@ def test_blocks_and_bytes_of_other_sizes(twin: str, block: int, storage: torch.d
                 n_layers += 1
     assert n_layers or twin == "phi3"
     assert model(torch.randint(0, 101, (1, 8))).isfinite().all()
-    asked = checkpoint.load_model(tmp_path / "m", torch.float32, quantize="bnb.nf4").get_submodule(
-        "transformer.h.0.attn.q"
-    )
-    assert asked.block == 64
+    # What a kind that is asked for leaves alone is in full: the weights that are kept of it know of no other layers.
+    before = checkpoint.load_model(tmp_path / "m", torch.float32, quantize="bnb.nf4")
+    checkpoint.save_quantized(tmp_path / "m", "bnb.nf4", lambda done, total: None)
+    after = checkpoint.load_model(tmp_path / "m", torch.float32, quantize="bnb.nf4")
+    kinds = [{name: type(module) for name, module in model.named_modules()} for model in (before, after)]
+    assert kinds[0] == kinds[1]
+    assert kinds[0]["lm_head"] is nn.Linear
+    assert before.get_submodule("transformer.h.0.attn.q").block == 64
 
 
 def test_transposed_weights_are_not_taken_for_upright_ones(tmp_path: Path) -> None:
@@ -204,6 +208,9 @@ DAMAGE = {
     "too few codes": lambda tensors, name, state: tensors.update({name: tensors[name][:-8].clone()}),
     "block of 0": lambda tensors, name, state: tensors.update(
         {state: torch.tensor(list(b'{"shape": [64, 64], "blocksize": 0, "dtype": "bfloat16"}'), dtype=torch.uint8)}
+    ),
+    "a shape of words": lambda tensors, name, state: tensors.update(
+        {state: torch.tensor(list(b'{"shape": ["a", "b"], "blocksize": 64, "dtype": "bfloat16"}'), dtype=torch.uint8)}
     ),
     "another map": lambda tensors, name, state: tensors[f"{name}.nested_quant_map"].mul_(2),
 }

@@ -63,7 +63,7 @@ class FourBitSource:
                 try:
                     state = json.loads(bytes(inner.read(description).tolist()))
                     self.states[name] = self._checked(name, state, levels)
-                except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+                except (ValueError, TypeError, KeyError) as error:
                     raise ValueError(f"{self.where}: {description} does not describe {name}: {error!r}") from error
                 for part in (description, *(f"{name}.{leaf}" for leaf in PARTS)):
                     metas.pop(part, None)
@@ -77,18 +77,22 @@ class FourBitSource:
 
     def _checked(self, name: str, state: dict[str, Any], levels: str) -> dict[str, Any]:
         """The description, if it is of a kind that we know and the tensors have the sizes that it tells."""
-        (n_out, n_in), nested = state["shape"], "nested_offset" in state
-        n_scales = -(-n_out * n_in // state["blocksize"])
+        (n_out, n_in), block, nested = state["shape"], state["blocksize"], "nested_offset" in state
+        if not all(isinstance(n, int) and n > 0 for n in (n_out, n_in, block)):
+            raise ValueError(f"{n_out} by {n_in} numbers in blocks of {block}")
+        n_scales = -(-n_out * n_in // block)
         sizes = {name: (n_out * n_in + 1) // 2, f"{name}.absmax": n_scales * (1 if nested else 4)}
         if nested:
             sizes[f"{name}.nested_absmax"] = -(-n_scales // quantization.NESTED_BLOCK) * 4
             known = torch.equal(self.inner.read(f"{name}.nested_quant_map"), self._map_of_scales)
             if not known or state["nested_blocksize"] != quantization.NESTED_BLOCK:
                 raise ValueError("its scales are quantized in a way that is not known")
-        wrong = [part for part, n_bytes in sizes.items() if self.inner.metas[part].nbytes != n_bytes]
-        if wrong or min(n_out, n_in) < 1 or state["dtype"] not in DTYPES or levels not in ("nf4", "fp4"):
-            raise ValueError(f"{state} with {', '.join(wrong) or 'its tensors'}")
-        return {**state, "kind": f"bnb.{levels}{'-dq' if nested else ''}"}
+        if wrong := [part for part, n_bytes in sizes.items() if self.inner.metas[part].nbytes != n_bytes]:
+            raise ValueError(f"{n_out} by {n_in} numbers in blocks of {block} do not fit {', '.join(wrong)}")
+        if state["dtype"] not in DTYPES or levels not in ("nf4", "fp4"):
+            raise ValueError(f"{levels} of {state['dtype']} is not known")
+        offset = float(state["nested_offset"]) if nested else None
+        return {**state, "kind": f"bnb.{levels}{'-dq' if nested else ''}", "nested_offset": offset}
 
     def layer(self, name: str) -> Linear4bit:
         """A layer of the weight as it is stored; nothing is copied."""
@@ -97,7 +101,7 @@ class FourBitSource:
         layer.block = state["blocksize"]
         layer.load("weight", self.inner.read(name).view(torch.uint8).view(-1, 1))  # other dtypes are bytes all the same
         layer.load("absmax", self.inner.read(f"{name}.absmax"))
-        if "nested_offset" in state:
+        if state["nested_offset"] is not None:
             layer.load("nested_absmax", self.inner.read(f"{name}.nested_absmax"))
             layer.load("offset", torch.tensor(state["nested_offset"]))
         return layer
