@@ -28,7 +28,8 @@ def main(
         checkpoint_dir: The model, or the base of the adapter.
         lora_path: A LoRA adapter, run unmerged on its base.
         precision: bf16-true, 16-true, 32-true or a mixed one; the default is the best that this machine has.
-        quantize: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8; by default what the adapter was trained on.
+        quantize: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8, with +head for the output head too; by
+            default what the adapter was trained on.
         eval_tasks: Task names or patterns, as "[arc_easy,piqa]"; the original's old names are understood.
         include_path: Folder with task files of your own.
         save_filepath: Where the results go as JSON.

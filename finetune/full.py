@@ -11,6 +11,7 @@ def main(
     checkpoint_dir: Path = Path("checkpoints/stabilityai/stablelm-base-alpha-3b"),
     out_dir: Path = Path("out/full/alpaca"),
     precision: str | None = None,
+    optimizer: str = "adamw",
     train: TrainArgs = TrainArgs(learning_rate=3e-5),  # noqa: B008 - frozen
     eval: EvalArgs = EvalArgs(),  # noqa: B008
     activation_checkpointing: bool = False,
@@ -27,6 +28,7 @@ def main(
         checkpoint_dir: The base: a converted folder, or one that holds only HF files.
         out_dir: Where the model, metrics and report go.
         precision: bf16-mixed, bf16-true, 16-mixed, 16-true or 32-true; the default is the best that this machine has.
+        optimizer: adamw, adamw-8bit, adamw-paged, adamw-8bit-paged or sgd.
         train: How to train.
         eval: When and how to validate.
         activation_checkpointing: Run each block twice instead of keeping what is inside it: less memory, more work.

@@ -21,6 +21,7 @@ def main(
     lora_projection: bool = False,
     lora_mlp: bool = False,
     lora_head: bool = False,
+    optimizer: str = "adamw",
     train: TrainArgs = TrainArgs(),  # noqa: B008 - frozen
     eval: EvalArgs = EvalArgs(),  # noqa: B008
     activation_checkpointing: bool = False,
@@ -35,7 +36,8 @@ def main(
         checkpoint_dir: The base: a converted folder, or one that holds only HF files.
         out_dir: Where adapter, metrics and report go.
         precision: bf16-mixed, bf16-true, 16-mixed, 16-true or 32-true; the default is the best that this machine has.
-        quantize: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8: keep the frozen weights in 4 or 8 bits.
+        quantize: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8: keep the frozen weights in 4 or 8 bits;
+            with +head after it the output head too.
         lora_r: Rank of the update.
         lora_alpha: The update is scaled by alpha / r.
         lora_dropout: Share of a layer's inputs that its update does not see while training.
@@ -45,6 +47,7 @@ def main(
         lora_projection: Adapt the attention's output.
         lora_mlp: Adapt the MLP's layers.
         lora_head: Adapt the output head.
+        optimizer: adamw, adamw-8bit, adamw-paged, adamw-8bit-paged or sgd.
         train: How to train.
         eval: When and how to validate.
         activation_checkpointing: Run each block twice instead of keeping what is inside it: less memory, more work.

@@ -33,7 +33,8 @@ def main(
         temperature: Below 1 bolder choices are rarer; 0 always takes the likeliest token.
         checkpoint_dir: The model.
         precision: bf16-true, 16-true, 32-true or a mixed one; the default is the best that this machine has.
-        quantize: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8: keep the frozen weights in 4 or 8 bits.
+        quantize: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8: keep the frozen weights in 4 or 8 bits;
+            with +head after it the output head too.
         prompt_style: Template around the prompt; by default the one that the model was fine-tuned with, else none.
         seed: Of the sampling.
     """

@@ -35,7 +35,8 @@ def main(
         top_p: Draw from the likeliest tokens that together have this probability.
         temperature: Below 1 bolder choices are rarer; 0 always takes the likeliest token.
         precision: bf16-true, 16-true, 32-true or a mixed one; the default is the best that this machine has.
-        quantize: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8; by default what the adapter was trained on.
+        quantize: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8, with +head for the output head too; by
+            default what the adapter was trained on.
         seed: Of the sampling.
     """
     import torch

@@ -11,7 +11,7 @@ class TrainArgs:
         learning_rate: Peak of the schedule.
         min_lr: Where the cosine ends.
         lr_warmup_steps: Optimizer steps of linear warm-up; by default 100, or a tenth of the run if that is fewer.
-        weight_decay: AdamW's.
+        weight_decay: The optimizer's.
         global_batch_size: Rows per optimizer step, over all devices.
         micro_batch_size: Rows that one device works on at a time; changes memory, not the result.
         epochs: Passes over the training rows.

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,10 +13,12 @@ from torch import nn
 from lit_gpt import files, lora, quantization, surgery
 from lit_gpt.config import Config
 from lit_gpt.families import FAMILIES, read_hf_config
-from lit_gpt.families.table import Step
+from lit_gpt.families.table import PLAIN, Step
 from lit_gpt.files import FolderSource, TensorSource
+from lit_gpt.interop import bnb
 from lit_gpt.lora import LoRASettings
 from lit_gpt.model import GPT, NORMS
+from lit_gpt.quantization import Linear4bit, QuantizedLinear
 
 
 def save_config(folder: Path, config: Config) -> None:
@@ -23,7 +26,10 @@ def save_config(folder: Path, config: Config) -> None:
 
 
 def load_config(folder: Path, *, original: bool = False) -> Config:
-    """The architecture of a folder: `lit_config.json`, else (or if `original`) what HF's `config.json` says."""
+    """The architecture of a folder: `lit_config.json`, else (or if `original`) what HF's `config.json` says.
+
+    Raises ValueError for an architecture that is not known, or HF weights that are quantized in a way that is not read.
+    """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; download a checkpoint with scripts/download.py")
     if (folder / files.LIT_CONFIG).is_file() and not original:
@@ -33,18 +39,20 @@ def load_config(folder: Path, *, original: bool = False) -> Config:
             f"{folder} holds neither {files.LIT_CONFIG} nor {files.HF_CONFIG}; run scripts/download.py again"
         )
     hf_config = files.read_json(folder / files.HF_CONFIG)
-    if isinstance(told := hf_config.get("quantization_config"), dict):
-        method = told.get("quant_method", "an unknown method")
-        raise ValueError(
-            f"{folder} holds weights that are quantized already ({method}), which cannot be read; "
-            "download the unquantized model and use --quantize"
-        )
+    if original or not (folder / files.LIT_MODEL).is_file():  # a converted file is plain, whatever it was made from
+        bnb.check_readable(folder, hf_config)
     try:
         config = read_hf_config(hf_config)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{folder}: {error}") from error
     config.name = folder.name
     return config
+
+
+def open_folder(folder: Path, *, original: bool = False) -> TensorSource:
+    """The weights of a folder of either kind, as `FolderSource` finds them; those in 4 bits look like full ones."""
+    source = FolderSource(folder, original=original)
+    return bnb.FourBitSource(source) if bnb.FourBitSource.holds(source) else source
 
 
 def hollow(config: Config) -> GPT:
@@ -107,22 +115,63 @@ class Weights:
             config.tie_embeddings = False  # ours is stored only where it differs, whatever config was copied here
         self.source, self.config = source, config
         self.steps = plan(source, config)
-        self.metas: dict[str, torch.Tensor] = dict(self._split(source.metas.__getitem__))
+        self.metas: dict[str, torch.Tensor] = {
+            name: meta
+            for step in self.steps
+            for name, meta in zip(step.ours, step.via.split(config, source.metas[step.theirs]), strict=True)
+        }
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Weights":
         """Of a folder of either kind."""
-        return cls(FolderSource(folder), load_config(folder))
+        config = load_config(folder)
+        return cls(open_folder(folder), config)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return self._split(self.source.read, self.source.release)
-
-    def _split(
-        self, read: Callable[[str], torch.Tensor], release: Callable[[str], None] = lambda name: None
-    ) -> Iterator[tuple[str, torch.Tensor]]:
         for step in self.steps:
-            yield from zip(step.ours, step.via.split(self.config, read(step.theirs)), strict=True)
-            release(step.theirs)
+            yield from zip(step.ours, self._read(step), strict=True)
+            self.source.release(step.theirs)
+
+    def layers(
+        self, kind: str | None, device: torch.device | str = "cpu"
+    ) -> Iterator[tuple[str, torch.Tensor | QuantizedLinear]]:
+        """Like iteration, but a weight that is kept in few bits comes as the layer that holds it, on the device.
+
+        With `kind` so come all that it quantizes, else those that the files keep in 4 bits, their numbers unchanged.
+        Raises ValueError if the kind asks for a head which is not there.
+        """
+        if kind and kind.endswith(quantization.HEAD) and self.config.tie_embeddings:
+            raise ValueError(
+                f"{self.source.where} has no head of its own to quantize: its embedding serves as one, and stays as it "
+                f"is; use --quantize {kind.removesuffix(quantization.HEAD)}"
+            )
+        wanted = {
+            f"{owner}.weight"
+            for owner, module in hollow(self.config).named_modules()
+            if kind and quantization.quantizable(owner, module, kind)
+        }
+        for step in self.steps:
+            for name, part in zip(step.ours, self._stored(step), strict=True):
+                made: torch.Tensor | QuantizedLinear = part
+                if kind and isinstance(made, Linear4bit) and not (name in wanted and made.is_of(kind)):
+                    made = made.dense(torch.float32)
+                if kind and name in wanted and isinstance(made, torch.Tensor):
+                    made = quantization.quantize(made.to(device), kind)
+                yield name, made.to(device) if isinstance(made, QuantizedLinear) else made
+            self.source.release(step.theirs)
+
+    def _read(self, step: Step) -> tuple[torch.Tensor, ...]:
+        return step.via.split(self.config, self.source.read(step.theirs))
+
+    def _stored(self, step: Step) -> Sequence[torch.Tensor | Linear4bit]:
+        """What the step gives, in 4 bits where the files have it so; fused rows that are no whole blocks in full."""
+        if isinstance(self.source, bnb.FourBitSource) and step.theirs in self.source.states:
+            layer = self.source.layer(step.theirs)
+            if step.via is PLAIN:
+                return [layer]
+            if layer.in_features % layer.block == 0:  # what splits rows splits their codes and scales alike
+                return layer.split(partial(step.via.split, self.config))
+        return self._read(step)
 
 
 def load_model(
@@ -138,6 +187,7 @@ def load_model(
 
     Weights get `dtype`, those of the norms `norm_dtype` (default: the same); with `quantize`, one of
     `quantization.KINDS`, each linear layer is quantized as its weight arrives: no more than one is there in full.
+    Without it, layers that the folder keeps in 4 bits stay as they are.
     `progress` hears the tensors placed and those to place. Raises ValueError as `plan` does.
     """
     norm_dtype = norm_dtype or dtype
@@ -145,12 +195,11 @@ def load_model(
         return _load_quantized(folder, dtype, norm_dtype, device, quantize)
     weights = Weights.from_folder(folder)
     model = hollow(weights.config)
-    for done, (name, tensor) in enumerate(weights, start=1):
-        owner, leaf = name.rsplit(".", 1)
-        if quantize and leaf == "weight" and quantization.quantizable(owner, model.get_submodule(owner)):
-            surgery.put(model, owner, quantization.quantize(tensor.to(device), quantize))
+    for done, (name, part) in enumerate(weights.layers(quantize, device), start=1):
+        if isinstance(part, QuantizedLinear):
+            surgery.put(model, name.removesuffix(".weight"), part)
         else:
-            place(model, name, tensor, dtype, norm_dtype, device)
+            place(model, name, part, dtype, norm_dtype, device)
         progress(done, len(weights.metas))
     model.tie()
     return model
@@ -161,7 +210,7 @@ def place(
 ) -> None:
     owner, leaf = name.rsplit(".", 1)
     module = model.get_submodule(owner)
-    if isinstance(module, quantization.QuantizedLinear) and leaf != "bias":
+    if isinstance(module, QuantizedLinear) and leaf != "bias":
         module.load(leaf, tensor.to(device))
         return
     # Where nothing changes the file stays mapped: pages are read when they are used, and never written back.
@@ -187,7 +236,7 @@ def _load_quantized(
     state = files.load_dict(folder / files.quantized_name(quantize), mmap=True)["weights"]
     model.config.tie_embeddings = "lm_head.weight" not in state
     for owner, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and quantization.quantizable(owner, module):
+        if isinstance(module, nn.Linear) and quantization.quantizable(owner, module, quantize):
             surgery.put(model, owner, quantization.empty(module.in_features, module.out_features, quantize))
     for name, tensor in state.items():
         place(model, name, tensor, dtype, norm_dtype, device)
@@ -207,7 +256,15 @@ def _is_current(folder: Path, quantize: str) -> bool:
 
 
 def unfreeze(model: GPT) -> None:
-    """Make every weight trainable, each in memory of its own instead of a mapped file."""
+    """Make every weight trainable, each in memory of its own instead of a mapped file.
+
+    Raises ValueError for a model with layers in few bits.
+    """
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise ValueError(
+            f"{model.config.name} has weights in 4 bits, which cannot be trained: train an adapter with "
+            "finetune/lora.py, or make full weights with scripts/convert_hf_checkpoint.py"
+        )
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
         parameter.requires_grad_(True)
@@ -237,8 +294,12 @@ def prompt_style(folder: Path) -> str | None:
 def fingerprint(folder: Path) -> str:
     """Tells two bases apart by a sample of each tensor, rounded: neither the files' layout nor their dtype matters."""
     samples = {}
-    for name, tensor in Weights.from_folder(folder):
-        picked = tensor.flatten()[:: max(1, tensor.numel() // 64)].to(torch.bfloat16)
+    weights = Weights.from_folder(folder)
+    for name, part in weights.layers(None):
+        meta = weights.metas[name]
+        where = torch.arange(0, meta.numel(), max(1, meta.numel() // 64))
+        picked = part.at(where) if isinstance(part, QuantizedLinear) else part.flatten()[where]
+        picked = picked.to(meta.dtype).to(torch.bfloat16)  # 4-bit weights are rounded as a converted file has them
         samples[name] = picked.contiguous().view(torch.int16).numpy().tobytes()
     digest = hashlib.sha256()
     for name in sorted(samples):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_gpt import checkpoint, files, memory
+from lit_gpt import checkpoint, files, memory, optimizers, quantization
 from lit_gpt.args import EvalArgs, TrainArgs
 from lit_gpt.data import open_prepared
 from lit_gpt.generation import generate
@@ -47,6 +47,7 @@ class Job:
             raise ValueError(f"--out_dir {out_dir} is a file; name a folder")
         self.checkpoint_dir, self.out_dir, self.train, self.eval = checkpoint_dir, out_dir, train, eval
         self.settings, self.seed = settings, int(settings["seed"])
+        self.make_optimizer = optimizers.resolve(settings["optimizer"], scaled=settings["precision"] == "16-mixed")
         self.config = config = checkpoint.load_config(checkpoint_dir)
         self.tokenizer = Tokenizer(checkpoint_dir)
         self.max_length = min(train.max_seq_length or config.block_size, config.block_size)
@@ -58,11 +59,11 @@ class Job:
         self.longest_rows = self.train_data.longest(train.micro_batch_size)
         self.memory = memory.Setting(
             PRECISIONS[settings["precision"]],
-            settings.get("quantize"),
+            quantization.resolve(settings.get("quantize")),
             adapter,
             tuple(self.train_data.lengths()[self.longest_rows].tolist()),
             settings["activation_checkpointing"],
-            settings.get("optimizer", "adamw"),
+            settings["optimizer"],
             device_of_this_machine().type,
         )
         self.plan = memory.plan_training(config, self.memory)
@@ -71,9 +72,7 @@ class Job:
         """Train what requires gradients; `save(path, run)` writes it, at last as `name` in the out folder."""
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._announce(fabric, model, trained)
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            trained, lr=self.train.learning_rate, weight_decay=self.train.weight_decay, fused=True
-        )
+        optimizer = self.make_optimizer(trained, lr=self.train.learning_rate, weight_decay=self.train.weight_decay)
         wrapped, optimizer = fabric.setup(model, optimizer)
         if fabric.is_global_zero:
             files.save_text(self.out_dir / files.HYPERPARAMETERS, to_yaml(self.settings))

@@ -47,7 +47,7 @@ class Assistant:
             adapter.attach(self.model, checkpoint_dir, lora_path)
             self.prompt_style = adapter.prompt_style
         self.model.eval()
-        if kind is not None and self.precision.frozen == torch.bfloat16:
+        if self.precision.frozen == torch.bfloat16:
             quantization.pack_for_decoding(self.model)  # this process only runs the model
 
     def autocast(self) -> AbstractContextManager[object]:

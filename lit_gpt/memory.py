@@ -19,7 +19,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lit_gpt import checkpoint, lora, ops, quantization, runtime, surgery
+from lit_gpt import checkpoint, lora, ops, optimizers, quantization, runtime, surgery
 from lit_gpt.cache import KVCache
 from lit_gpt.config import Config
 from lit_gpt.generation import decode_step, prefill
@@ -27,7 +27,6 @@ from lit_gpt.lora import LoRASettings
 from lit_gpt.model import GPT
 
 PARTS = ("program", "weights", "adapter", "gradients", "optimizer", "cache", "activations", "logits", "workspace")
-OPTIMIZER_BYTES = {"adamw": 8}
 ROUNDING = 512  # bytes: what CUDA's allocator hands out is a multiple
 
 
@@ -139,7 +138,7 @@ def _counted(config: Config, setting: Setting) -> Iterator[tuple[GPT, Ledger]]:
     if kind:
         surgery.swap(
             model,
-            quantization.quantizable,
+            lambda name, module: quantization.quantizable(name, module, kind),
             lambda name, linear: quantization.empty(linear.in_features, linear.out_features, kind),  # type: ignore
         )
     metas, ledger = checkpoint.parameter_metas(model), Ledger(config.vocab_size)
@@ -191,7 +190,9 @@ def _training(config: Config, setting: Setting) -> Plan:
             runtime.checkpoint_activations(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         ledger.part = "optimizer"
-        state = [torch.empty(p.numel() * OPTIMIZER_BYTES[setting.optimizer], dtype=torch.uint8) for p in trained]
+        state = [
+            torch.empty(int(p.numel() * optimizers.STATE_BYTES[setting.optimizer]), dtype=torch.uint8) for p in trained
+        ]
         ledger.part = "gradients"  # those of the micro-batches before
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)

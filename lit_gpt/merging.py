@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
-from lit_gpt import checkpoint, files, lora, quantization
+from lit_gpt import checkpoint, files, lora
 from lit_gpt.checkpoint import Adapter, Weights
 from lit_gpt.data import open_prepared
 from lit_gpt.model import GPT
 from lit_gpt.prompts import get_style
+from lit_gpt.quantization import QuantizedLinear
 from lit_gpt.tokenizer import Tokenizer
 
 PROMPTS = (
@@ -45,15 +46,10 @@ def merge_folder(
         a, b = (adapter.state[f"{owner}.{factor}"] for factor in ("lora_A", "lora_B"))
         return lora.merged_weight(weight, a, b, scaling)
 
-    skeleton = checkpoint.hollow(config)
-    rounded = {name for name, module in skeleton.named_modules() if quantization.quantizable(name, module)}
-    rounded = rounded if dequantized else set()
-
     def merged() -> Iterator[tuple[str, torch.Tensor]]:
-        for done, (name, tensor) in enumerate(weights, start=1):
+        for done, (name, part) in enumerate(weights.layers(adapter.quantize if dequantized else None), start=1):
             owner = name.removesuffix(".weight")
-            if owner in rounded:
-                tensor = quantization.round_trip(tensor, str(adapter.quantize))
+            tensor = part.dense(torch.float32) if isinstance(part, QuantizedLinear) else part
             yield name, merge(owner, tensor) if owner in adapted else tensor
             if name == "transformer.wte.weight" and "lm_head.weight" in metas and "lm_head.weight" not in weights.metas:
                 yield "lm_head.weight", merge("lm_head", tensor)

@@ -5,9 +5,9 @@ also stores the scales in 8 bits). 8-bit: each row shares a scale. Only a frozen
 beside it trains. bitsandbytes gives the levels and the kernels; where one is wrong for a shape, plain torch is used.
 """
 
-import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,33 +18,40 @@ BLOCK = 64  # numbers that share a scale
 NESTED_BLOCK = 256  # scales that share a scale, with -dq
 KINDS = ("bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8")
 SYNONYMS = {"bnb.int8-training": "bnb.int8"}
+HEAD = "+head"  # may end a kind: the output head too
 
 
 def resolve(kind: str | None) -> str | None:
     """The kind's own name. Raises ValueError that lists the kinds, or says how to install bitsandbytes."""
     if kind is None:
         return None
-    kind = SYNONYMS.get(kind, kind)
-    if kind not in KINDS:
-        raise ValueError(f"unknown --quantize {kind!r}; known are {', '.join((*KINDS, *SYNONYMS))}")
-    _bitsandbytes()
-    return kind
+    base = SYNONYMS.get(kind.removesuffix(HEAD), kind.removesuffix(HEAD))
+    if base not in KINDS:
+        known = ", ".join((*KINDS, *SYNONYMS))
+        raise ValueError(f"unknown --quantize {kind!r}; known are {known}, each with {HEAD} for the output head too")
+    import_bitsandbytes("--quantize")
+    return base + HEAD if kind.endswith(HEAD) else base
 
 
-def _bitsandbytes() -> Any:
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # it warns of an optional package that would be downloaded
+@cache
+def import_bitsandbytes(asked_by: str = "this") -> Any:
+    """The library. Raises ValueError that says what needs it, and how to install it."""
+    # It warns of an optional package that it would download code with.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes
     except ImportError as error:
-        raise ValueError("--quantize needs bitsandbytes: pip install 'lit-gpt[quantize]'") from error
+        raise ValueError(f"{asked_by} needs bitsandbytes: pip install 'lit-gpt[quantize]' ({error})") from error
     return bitsandbytes
 
 
-def quantizable(name: str, module: nn.Module) -> bool:
-    """Plain linear layers, but not the head, and not the router of a mixture of experts, whose choices are delicate."""
-    return type(module) is nn.Linear and name != "lm_head" and not name.endswith("router")
+def quantizable(name: str, module: nn.Module, kind: str = "") -> bool:
+    """Plain linear layers, but not the router of a mixture of experts, whose choices are delicate.
+
+    The head, whose errors nothing after it evens out, only if the kind says so.
+    """
+    named = (name != "lm_head" or kind.endswith(HEAD)) and not name.endswith("router")
+    return type(module) is nn.Linear and named
 
 
 def quantize(weight: torch.Tensor, kind: str) -> "QuantizedLinear":
@@ -56,6 +63,7 @@ def quantize(weight: torch.Tensor, kind: str) -> "QuantizedLinear":
 
 def empty(in_features: int, out_features: int, kind: str) -> "QuantizedLinear":
     """A layer without numbers, for `load`."""
+    kind = kind.removesuffix(HEAD)
     made: QuantizedLinear = (Linear8bit if kind == "bnb.int8" else Linear4bit)(in_features, out_features, kind)
     return made
 
@@ -79,6 +87,10 @@ class QuantizedLinear(nn.Linear):
     def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each part but the bias."""
         raise NotImplementedError
+
+    def at(self, index: torch.Tensor) -> torch.Tensor:
+        """The weight's numbers at these positions of its flat order, float32."""
+        return self.dense(torch.float32).flatten()[index]
 
     def parts(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What has to be stored of it."""
@@ -136,7 +148,7 @@ class Linear4bit(QuantizedLinear):
 
     def __init__(self, in_features: int, out_features: int, kind: str):
         super().__init__(in_features, out_features, kind)
-        self.levels = kind.removeprefix("bnb.").removesuffix("-dq")
+        self.levels, self.block = kind.removeprefix("bnb.").removesuffix("-dq"), BLOCK
         self.nested_levels = _nested_levels() if kind.endswith("-dq") else ()
         self.packed: tuple[torch.Tensor, torch.Tensor] | None = None  # for one-token decoding, see `pack`
 
@@ -147,7 +159,7 @@ class Linear4bit(QuantizedLinear):
             self.load("absmax", absmax)
             return
         offset = absmax.mean()
-        small, state = _bitsandbytes().functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
+        small, state = import_bitsandbytes().functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
         for leaf, tensor in (("absmax", small), ("nested_absmax", state.absmax), ("offset", offset)):
             self.load(leaf, tensor)
 
@@ -174,22 +186,48 @@ class Linear4bit(QuantizedLinear):
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         shape = (self.out_features, self.in_features)
         # The CPU kernel begins a new block with each row, which is wrong unless rows are whole blocks.
-        if self.weight.is_cuda or self.in_features % BLOCK == 0:
-            _bitsandbytes()
+        if self.weight.is_cuda or self.in_features % self.block == 0:
+            import_bitsandbytes()
             operator = torch.ops.bitsandbytes.dequantize_4bit.default
-            return operator(self.weight, self.scales(), BLOCK, self.levels, shape, dtype).view(shape)
-        return dequantize_4bit(self.weight, self.scales(), self.levels, shape, dtype)
+            return operator(self.weight, self.scales(), self.block, self.levels, shape, dtype).view(shape)
+        pairs = self.weight.flatten()
+        codes = torch.stack((pairs >> 4, pairs & 15), dim=1).flatten()[: shape[0] * shape[1]].long()
+        scales = self.scales().repeat_interleave(self.block)[: len(codes)]
+        return (levels_of(self.levels, pairs.device)[codes] * scales).view(shape).to(dtype)
+
+    def is_of(self, kind: str) -> bool:
+        """Whether `quantize` makes layers like this one of that kind."""
+        return self.kind == kind.removesuffix(HEAD) and self.block == BLOCK
+
+    def at(self, index: torch.Tensor) -> torch.Tensor:
+        """See above; the others stay packed."""
+        pair = self.weight.flatten()[index // 2]
+        code = torch.where(index % 2 == 0, pair >> 4, pair & 15).long()
+        return levels_of(self.levels, pair.device)[code] * self.scales()[index // self.block]
+
+    def split(self, cut: Callable[[torch.Tensor], Sequence[torch.Tensor]]) -> list["Linear4bit"]:
+        """Layers of the groups of rows that `cut` makes of a tensor (out, ...), their numbers unchanged.
+
+        Rows must be whole blocks. Scales come out of double quantization: those of a row are no whole block of it.
+        """
+        codes, scales = (cut(tensor.view(self.out_features, -1)) for tensor in (self.weight.detach(), self.scales()))
+        made = [Linear4bit(self.in_features, len(rows), f"bnb.{self.levels}") for rows in codes]
+        for layer, rows, absmax in zip(made, codes, scales, strict=True):
+            layer.block = self.block
+            layer.load("weight", rows.reshape(-1, 1))
+            layer.load("absmax", absmax.flatten())
+        return made
 
     def pack(self) -> bool:
         """Lay the weight out for the CPU's one-token kernel instead; tells whether that is possible.
 
         For processes that only generate: a packed layer has no gradient and cannot be stored.
         """
-        functional = _bitsandbytes().functional
+        functional = import_bitsandbytes().functional
         n, k = self.out_features, self.in_features
-        if self.weight.is_cuda or n % 32 or k % BLOCK or not functional.has_avx512bf16():
+        if self.weight.is_cuda or n % 32 or k % self.block or not functional.has_avx512bf16():
             return False
-        absmax = self.scales().view(n, k // BLOCK).t().to(torch.bfloat16).contiguous()
+        absmax = self.scales().view(n, k // self.block).t().to(torch.bfloat16).contiguous()
         self.packed = (pack_rows(self.weight.view(n, k // 2)), absmax)
         self.code = functional.get_4bit_type(self.levels, device="cpu")
         self.weight = nn.Parameter(self.packed[0], requires_grad=False)
@@ -203,14 +241,15 @@ class Linear4bit(QuantizedLinear):
         mixed = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if mixed else x.dtype
         shape = [self.out_features, self.in_features]
-        y = torch.ops.bitsandbytes.gemv_4bit.default(x.to(dtype).contiguous(), weight, shape, absmax, self.code, BLOCK)
+        operator = torch.ops.bitsandbytes.gemv_4bit.default
+        y = operator(x.to(dtype).contiguous(), weight, shape, absmax, self.code, self.block)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-@functools.cache
+@cache
 def _nested_levels() -> tuple[float, ...]:
     """The 256 levels that the scales of a double-quantized weight take."""
-    levels: list[float] = _bitsandbytes().functional.create_dynamic_map().tolist()
+    levels: list[float] = import_bitsandbytes().functional.create_dynamic_map().tolist()
     return tuple(levels)
 
 
@@ -229,7 +268,7 @@ def pack_rows(codes: torch.Tensor) -> torch.Tensor:
 
 def levels_of(name: str, device: torch.device | str = "cpu") -> torch.Tensor:
     """The 16 levels of `nf4` or `fp4`, float32."""
-    levels: torch.Tensor = _bitsandbytes().functional.get_4bit_type(name, device=device)
+    levels: torch.Tensor = import_bitsandbytes().functional.get_4bit_type(name, device=device)
     return levels
 
 
@@ -240,7 +279,7 @@ def quantize_4bit(weight: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.
     piece at a time, takes a fifth of that.
     """
     if weight.is_cuda or weight.numel() % BLOCK:
-        _bitsandbytes()
+        import_bitsandbytes()
         operator = torch.ops.bitsandbytes.quantize_4bit.default
         codes, absmax = operator(weight.contiguous(), BLOCK, name, torch.uint8)
         return codes, absmax
@@ -263,21 +302,6 @@ def quantize_4bit(weight: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.
         flat = index.view(-1)
         codes[start * BLOCK // 2 : start * BLOCK // 2 + len(flat) // 2] = (flat[::2] << 4) | flat[1::2]
     return codes[:, None], absmax
-
-
-def dequantize_4bit(
-    codes: torch.Tensor, absmax: torch.Tensor, name: str, shape: tuple[int, int], dtype: torch.dtype
-) -> torch.Tensor:
-    """The weight in plain torch: right for every shape."""
-    flat = codes.flatten()
-    index = torch.stack((flat >> 4, flat & 15), dim=1).flatten()[: shape[0] * shape[1]].long()
-    each = absmax.repeat_interleave(BLOCK)[: len(index)]
-    return (levels_of(name, codes.device)[index] * each).view(shape).to(dtype)
-
-
-def round_trip(weight: torch.Tensor, kind: str) -> torch.Tensor:
-    """What training on the quantized weight saw, in the weight's own precision."""
-    return quantize(weight, kind).dense(torch.float32).to(weight.dtype)
 
 
 def pack_for_decoding(model: nn.Module) -> int:

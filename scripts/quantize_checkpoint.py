@@ -12,7 +12,7 @@ def main(checkpoint_dir: Path, quantize: str = "bnb.nf4") -> None:
 
     Args:
         checkpoint_dir: The model.
-        quantize: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8.
+        quantize: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8, with +head for the output head too.
     """
     from lit_gpt import checkpoint, quantization
     from lit_gpt.report import Progress

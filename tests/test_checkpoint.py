@@ -133,15 +133,6 @@ def test_an_unknown_architecture_is_named_with_the_known_ones(tmp_path: Path) ->
         checkpoint.load_config(folder)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes"])
-def test_weights_that_are_quantized_already_are_refused_by_name(tmp_path: Path, method: str) -> None:
-    folder = copy(tmp_path / "m")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": method}}))
-    with pytest.raises(ValueError, match=rf"quantized already \({method}\).*use --quantize"):
-        checkpoint.load_model(folder, torch.float32)
-
-
 HEADS = json.dumps({**json.loads((STORIES / "config.json").read_text()), "num_attention_heads": "8"})
 
 

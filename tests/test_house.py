@@ -16,11 +16,13 @@ SCRIPTS = sorted(
 PACKAGE = sorted((ROOT / "lit_gpt").rglob("*.py"))
 MAY_IMPORT = {  # what a room may import of the package; those not named see everything
     "args": set(),
+    "bnb": {"files", "quantization"},
     "cache": set(),
     "cli": set(),
     "config": {"families"},  # inside from_name only
     "files": set(),
     "ops": set(),
+    "optimizers": {"quantization"},
     "prompts": set(),
     "report": set(),
     "rope": set(),

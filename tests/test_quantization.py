@@ -234,6 +234,81 @@ def test_merging_into_what_training_saw_keeps_the_unmerged_loss(stories: Path, p
     assert losses["merged into the original weights"] != losses["base + adapter, unmerged"]
     merged = dict(checkpoint.Weights.from_folder(tmp_path / "merged"))
     base = dict(checkpoint.Weights.from_folder(stories))
-    seen = quantization.round_trip(base["transformer.h.0.attn.k.weight"], "bnb.nf4")
+    seen = quantization.quantize(base["transformer.h.0.attn.k.weight"], "bnb.nf4").dense(torch.float32)
     assert torch.equal(merged["transformer.h.0.attn.k.weight"], seen)  # a layer without an update
     assert torch.equal(merged["transformer.wte.weight"], base["transformer.wte.weight"])
+
+
+@pytest.mark.parametrize("kind", ["bnb.nf4-dq", "bnb.int8"])
+def test_the_head_is_quantized_if_the_kind_says_so(kind: str, tmp_path: Path) -> None:
+    make_twin("llama", tmp_path)
+    plain, without, with_head = (
+        checkpoint.load_model(tmp_path, torch.float32, quantize=quantize) for quantize in (None, kind, f"{kind}+head")
+    )
+    assert type(without.lm_head) is torch.nn.Linear
+    expected = quantization.quantize(plain.lm_head.weight, kind)
+    assert torch.equal(with_head.lm_head.dense(torch.float32), expected.dense(torch.float32))
+    assert torch.equal(with_head.transformer.wte.weight, plain.transformer.wte.weight)
+    tokens = torch.randint(0, 101, (2, 9))
+    states = {}
+    for name, model in (("without", without), ("with", with_head)):
+        model.lm_head.register_forward_pre_hook(lambda module, args, name=name: states.update({name: args[0]}))
+    with torch.no_grad():
+        logits = with_head(tokens)
+        without(tokens)
+    assert torch.equal(states["with"], states["without"])  # all below the head is alike
+    torch.testing.assert_close(logits, states["with"] @ expected.dense(torch.float32).T)
+
+
+def test_a_quantized_head_is_kept_beside_the_checkpoint(tmp_path: Path) -> None:
+    make_twin("neox", tmp_path)
+    tokens = torch.randint(0, 101, (1, 9))
+    fresh = checkpoint.load_model(tmp_path, torch.bfloat16, quantize="bnb.nf4+head")
+    load_script("scripts/quantize_checkpoint").main(checkpoint_dir=tmp_path, quantize="bnb.nf4+head")
+    kept = checkpoint.load_model(tmp_path, torch.bfloat16, quantize="bnb.nf4+head")
+    assert (tmp_path / "quantized-bnb.nf4+head-v1.pth").is_file()
+    assert isinstance(kept.lm_head, quantization.Linear4bit)
+    with torch.no_grad():
+        assert torch.equal(kept(tokens), fresh(tokens))
+    assert type(checkpoint.load_model(tmp_path, torch.bfloat16, quantize="bnb.nf4").lm_head) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("lora_head", [False, True])
+def test_an_adapter_remembers_that_the_head_was_quantized(
+    lora_head: bool, stories: Path, prepared: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "untied"
+    checkpoint.files.copy_companions(stories, base)
+    model = checkpoint.load_model(stories, torch.float32)
+    model.config.tie_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * 1.1)
+    checkpoint.save_model(base / files.LIT_MODEL, model, stories, "alpaca")
+    load_script("finetune/lora").main(
+        data_dir=prepared,
+        checkpoint_dir=base,
+        out_dir=tmp_path / "out",
+        precision="32-true",
+        quantize="bnb.nf4+head",
+        lora_head=lora_head,
+        train=TrainArgs(learning_rate=1e-2, global_batch_size=4, max_steps=8),
+        eval=EvalArgs(max_new_tokens=0),
+    )
+    lora_path, merged_dir = tmp_path / "out" / files.ADAPTER, tmp_path / "merged"
+    assert Adapter.load(lora_path).quantize == "bnb.nf4+head"
+    unmerged = Assistant(base, "32-true", lora_path).model
+    head = unmerged.lm_head.base if lora_head else unmerged.lm_head
+    assert isinstance(head, quantization.Linear4bit)
+    merge = load_script("scripts/merge_lora").main
+    assert merge(lora_path=lora_path, checkpoint_dir=base, out_dir=merged_dir) == 0
+    merged = checkpoint.load_model(merged_dir, torch.float32)
+    tokens = torch.randint(0, 512, (1, 30))
+    with torch.no_grad():
+        torch.testing.assert_close(merged(tokens), unmerged(tokens), atol=1e-4, rtol=0)
+
+
+def test_a_tied_head_is_not_quantized_apart(stories: Path) -> None:
+    """A quantized copy of the embedding would take memory instead of giving some back."""
+    done = run_script("generate/base", "--checkpoint_dir", stories, "--quantize", "bnb.nf4+head", check=False)
+    assert done.returncode == 1
+    assert "has no head of its own to quantize" in done.stderr
+    assert "use --quantize bnb.nf4\n" in done.stderr

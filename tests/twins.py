@@ -89,11 +89,11 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_twin(name: str, folder: Path, seed: int = 0) -> transformers.PreTrainedModel:
+def make_twin(name: str, folder: Path, seed: int = 0, **more: Any) -> transformers.PreTrainedModel:
     """Save a random model as an HF folder and return it. Every weight is random, biases and norms too."""
     kind, changes = TWINS[name]
     config = getattr(transformers, f"{kind}Config")(
-        **({**SIZES, **changes} if kind != "GPT2" else {**changes, "vocab_size": 101})
+        **({**SIZES, **changes, **more} if kind != "GPT2" else {**changes, "vocab_size": 101})
     )
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
