@@ -18,7 +18,8 @@ class TrainArgs:
         max_steps: Stop after so many optimizer steps, whatever `epochs` says.
         max_seq_length: Cut rows to this many tokens; the end-of-text token is kept.
         max_norm: Clip the gradient's norm to this; 0 does not clip.
-        packing: Lay the rows of a micro-batch end to end instead of padding them; changes speed, not the result.
+        packing: Lay rows end to end instead of padding them, as many as the `micro_batch_size` longest would fill;
+            changes speed, not the result.
         save_interval: Optimizer steps between periodic checkpoints; 0 keeps only the final one.
         log_interval: Optimizer steps between two rows of metrics.csv.
     """

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -222,18 +222,25 @@ class PreparedSet:
     def __len__(self) -> int:
         return len(self.prompt_lengths)
 
-    def lengths(self) -> torch.Tensor:
-        """Tokens of each row (n_rows,), after cutting."""
-        return self.offsets.diff().clamp(max=self.max_length)
+    def lengths(self, rows: Sequence[int] | None = None) -> torch.Tensor:
+        """Tokens of these rows, or of all (n_rows,), after cutting."""
+        if rows is None:
+            return self.offsets.diff().clamp(max=self.max_length)
+        at = torch.tensor(rows, dtype=torch.long)
+        return (self.offsets[at + 1] - self.offsets[at]).clamp(max=self.max_length)
 
     def longest(self, n: int) -> list[int]:
         """The n longest rows."""
         return self.lengths().topk(min(n, len(self))).indices.tolist()
 
+    @cache  # noqa: B019 - a set lives as long as its run
+    def n_longest(self, n: int) -> int:
+        """Tokens of the n longest rows together."""
+        return int(self.lengths(self.longest(n)).sum())
+
     def n_tokens(self, rows: Sequence[int]) -> int:
         """Tokens that training on these rows reads: all but each row's last."""
-        lengths = self.offsets[torch.tensor(rows) + 1] - self.offsets[torch.tensor(rows)]
-        return int(lengths.clamp(max=self.max_length).sum()) - len(rows)
+        return int(self.lengths(rows).sum()) - len(rows)
 
     def n_without_labels(self) -> int:
         """Rows whose prompt leaves no room for an answer: an end-of-text token alone would teach to say nothing."""

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lit_gpt import ops
 from lit_gpt.surgery import swap
 
 TARGETS = {  # flag -> the names of the layers that it means
@@ -70,9 +71,9 @@ class LoRALinear(nn.Module):
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.base(x)
-        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
-        return y + F.linear(low, (self.lora_B * self.scaling).to(x.dtype)).to(y.dtype)
+        y: torch.Tensor = self.base(x)
+        p = self.dropout if self.training else 0.0
+        return _Update.apply(y, x.to(y.dtype), self.lora_A, self.lora_B, self.scaling, p)
 
     def merged(self) -> nn.Linear:
         """The plain layer with the update in its weight, in the base's precision. ValueError for a quantized base."""
@@ -83,6 +84,39 @@ class LoRALinear(nn.Module):
         weight = merged_weight(self.base.weight.detach(), self.lora_A.detach(), self.lora_B.detach(), self.scaling)
         self.base.weight = nn.Parameter(weight, requires_grad=False)
         return self.base
+
+
+class _Update(torch.autograd.Function):
+    """y + scaling * B A dropout(x), put into y itself; of y nothing is kept, and x once for all layers that read it.
+
+    y (..., out), x (..., in) in y's precision, to which the float32 factors are rounded when used.
+    """
+
+    @staticmethod
+    def forward(ctx, y, x, a, b, scaling, p):
+        mask = ops.dropout_mask(x, p) if p else None
+        a_used, b_used = (a / (1 - p)).to(x.dtype), (b * scaling).to(x.dtype)
+        seen = x if mask is None else x * mask
+        low = F.linear(seen.flatten(0, -2), a_used)  # (n, r)
+        y.flatten(0, -2).addmm_(low, b_used.t())
+        ctx.save_for_backward(x, mask, low, a_used, b_used)
+        ctx.scaling, ctx.p = scaling, p
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, mask, low, a_used, b_used = ctx.saved_tensors
+        flat = grad.flatten(0, -2)
+        d_low = flat @ b_used
+        d_b = (flat.t() @ low).float().mul_(ctx.scaling)
+        seen = x if mask is None else x * mask
+        d_a = (d_low.t() @ seen.flatten(0, -2)).float().div_(1 - ctx.p)
+        d_x = None
+        if ctx.needs_input_grad[1]:
+            d_x = (d_low @ a_used).view(x.shape)
+            d_x = d_x if mask is None else d_x.mul_(mask)
+        return grad, d_x, d_a, d_b, None, None
 
 
 def merged_weight(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:

@@ -132,12 +132,12 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, rotations: Rotations, layout: Layout, cache: KVCache | None) -> torch.Tensor:
         normed = self.norm_1(x)
-        attended = self.post_norm_1(self.attn(normed, rotations, layout, cache)) * self.residual_scale
+        attended = self.post_norm_1(self.attn(normed, rotations, layout, cache))
         if not self.parallel:
-            x = x + attended
-            return x + self.post_norm_2(self.mlp(self.norm_2(x))) * self.residual_scale
+            x = torch.add(x, attended, alpha=self.residual_scale)
+            return torch.add(x, self.post_norm_2(self.mlp(self.norm_2(x))), alpha=self.residual_scale)
         second = normed if self.shared_norm else self.norm_2(x)
-        return x + attended + self.post_norm_2(self.mlp(second)) * self.residual_scale
+        return x + (attended + self.post_norm_2(self.mlp(second))) * self.residual_scale
 
 
 class Attention(nn.Module):
@@ -200,10 +200,10 @@ class GatedMLP(nn.Module):
         self.gate = nn.Linear(config.n_embd, size, bias=config.mlp_bias)
         self.up = nn.Linear(config.n_embd, size, bias=config.mlp_bias)
         self.proj = nn.Linear(size, config.n_embd, bias=config.mlp_bias)
-        self.activation = ops.ACTIVATIONS[config.activation]
+        self.activation = config.activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.proj(self.activation(self.gate(x)) * self.up(x))
+        return self.proj(ops.gated(self.activation, self.gate(x), self.up(x)))
 
 
 class MoE(nn.Module):

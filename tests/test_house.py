@@ -31,7 +31,7 @@ MAY_IMPORT = {  # what a room may import of the package; those not named see eve
     "surgery": set(),
     "tokenizer": set(),
     "model": {"cache", "config", "ops", "rope"},
-    "lora": {"surgery"},
+    "lora": {"ops", "surgery"},
     "families": {"config", "families", "rope"},
     "generation": {"cache", "model"},
     "data": {"checkpoint", "files", "model", "prompts", "tokenizer"},

@@ -114,7 +114,7 @@ def test_remedies_lower_the_peak_each_on_top_of_the_last() -> None:
 
 def test_the_script_says_which_flags_fit(tmp_path: Path) -> None:
     done = run_script("scripts/estimate_memory", "--model_name", "Llama-2-7b-hf", "--memory_limit", "24GB")
-    assert "does not fit: --train.micro_batch_size 1 would take" in done.stdout
+    assert "does not fit: --train.micro_batch_size 2 would take" in done.stdout
     assert "weights      13.48 GB" in done.stdout
     fits = run_script(
         *("scripts/estimate_memory", "--model_name", "pythia-14m", "--memory_limit", "24GB"), "--quantize", "bnb.nf4"

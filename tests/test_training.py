@@ -6,12 +6,23 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run_script
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lit_gpt import checkpoint, lora, runtime
 from lit_gpt.args import TrainArgs
 from lit_gpt.data import PreparedSet
 from lit_gpt.lora import LoRASettings
-from lit_gpt.training import evaluate, learning_rate, micro_batches, permutation, step_rows, total_steps, train_step
+from lit_gpt.training import (
+    evaluate,
+    learning_rate,
+    micro_batches,
+    pack,
+    permutation,
+    step_rows,
+    total_steps,
+    train_step,
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +59,16 @@ def test_a_step_does_not_depend_on_micro_batches_or_padding(
     for name, factor in state.items():
         torch.testing.assert_close(other[name], factor, rtol=1e-4, atol=1e-7)
     assert any(factor.any() for name, factor in state.items() if name.endswith("B"))
+
+
+@given(st.lists(st.integers(1, 100), max_size=60), st.integers(1, 150))
+def test_packing_takes_each_row_once_and_leaves_no_two_groups_that_would_fit_one(lengths: list[int], capacity: int):
+    groups = pack(lengths, capacity)
+    assert sorted(place for group in groups for place in group) == list(range(len(lengths)))
+    sizes = [sum(lengths[place] for place in group) for group in groups]
+    assert all(size <= capacity or len(group) == 1 for size, group in zip(sizes, groups, strict=True))
+    assert len(sizes) < 2 or sum(sorted(sizes)[:2]) > capacity
+    assert pack(lengths, capacity) == groups
 
 
 def test_activation_checkpointing_changes_nothing(fabric, stories: Path, prepared: Path) -> None:

@@ -1,0 +1,149 @@
+"""Each fast body against its plain twin: values and every gradient."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lit_gpt import lora, ops, rope
+from lit_gpt.lora import LoRALinear, LoRASettings
+from lit_gpt.ops import Layout
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}  # of the largest number
+
+
+def both(fast, plain, *inputs: torch.Tensor, tolerance: float | None = None) -> None:
+    """Same outputs, and same gradients for one random seed of the way back."""
+    results = []
+    for function in (fast, plain):
+        leaves = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
+        out = function(*leaves)
+        out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype))
+        results.append([out.detach(), *(leaf.grad for leaf in leaves if leaf.requires_grad)])
+    for got, expected in zip(*results, strict=True):
+        limit = TOLERANCE[expected.dtype] if tolerance is None else tolerance
+        assert (got - expected).abs().max() <= limit * expected.abs().max()
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trains", [True, False])
+def test_rms_norm(dtype: torch.dtype, trains: bool) -> None:
+    x = torch.randn(2, 7, 48, dtype=dtype, requires_grad=True)
+    weight = (torch.randn(48, dtype=dtype) + 1).requires_grad_(trains)
+    both(lambda *a: ops.rms_norm(*a, 1e-5), lambda *a: ops.rms_norm_reference(*a, 1e-5), x, weight)
+
+
+def test_rms_norm_rounds_under_autocast_as_the_layer_that_reads_it() -> None:
+    x, weight = torch.randn(3, 64), torch.randn(64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ops.rms_norm(x, weight, 1e-5), ops.rms_norm_reference(x, weight, 1e-5).bfloat16())
+        assert ops.rms_norm(x.half(), weight, 1e-5).dtype == torch.float16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gated_silu(dtype: torch.dtype) -> None:
+    gate, up = (torch.randn(5, 33, dtype=dtype, requires_grad=True) for _ in range(2))
+    both(lambda *a: ops.gated("silu", *a), ops.gated_silu_reference, gate, up)
+
+
+@pytest.mark.parametrize("share", [16, 8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotation(share: int, dtype: torch.dtype) -> None:
+    cos, sin = (t.to(dtype) for t in rope.table(torch.arange(9)[None], share, 1e4, None, 64, 9))
+    x = torch.randn(2, 9, 3, 16, dtype=dtype).transpose(1, 2).requires_grad_()
+    both(lambda x: rope.rotate(x, cos, sin), lambda x: rope.rotate_reference(x, cos, sin), x)
+
+
+def reference_attention(lengths, scale):
+    """Row by row in float64, with the definition written out."""
+
+    def attend(q, k, v):
+        out = []
+        for a, b, c in zip(*(x.double().split(list(lengths), dim=2) for x in (q, k, v)), strict=True):
+            keys, values = (x.repeat_interleave(a.shape[1] // x.shape[1], dim=1) for x in (b, c))
+            hidden = torch.ones(a.shape[2], a.shape[2], dtype=torch.bool).triu(1)
+            out.append((a @ keys.mT * scale).masked_fill(hidden, float("-inf")).softmax(-1) @ values)
+        return torch.cat(out, dim=2)
+
+    return attend
+
+
+@pytest.mark.parametrize("lengths", [(5,), (256,), (257,), (300, 1, 520, 256)])
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_attention_in_blocks(lengths: tuple[int, ...], groups: int) -> None:
+    layout = Layout.of(torch.zeros(1, sum(lengths), dtype=torch.long), lengths)
+    q, k, v = (torch.randn(1, sum(lengths), n, 16).transpose(1, 2) for n in (6, groups, groups))
+
+    def fast(q, k, v):
+        return ops._BlockAttention.apply(q, k, v, 0.3, layout)
+
+    def through_ops(q, k, v):
+        return ops.attention(q, k, v, scale=0.3, layout=layout)
+
+    reference = reference_attention(lengths, 0.3)
+    both(fast, lambda *a: reference(*a).float(), *(x.requires_grad_() for x in (q, k, v)))
+    half = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
+    both(through_ops, lambda *a: reference(*a).bfloat16(), *half)
+    assert "BlockAttention" in type(through_ops(*half).grad_fn).__name__  # so it was the fast body that was tested
+
+
+def test_attention_in_blocks_of_a_padded_batch() -> None:
+    layout = Layout.of(torch.zeros(2, 270, dtype=torch.long))
+    q, k, v = (torch.randn(2, 270, n, 16).transpose(1, 2).requires_grad_() for n in (4, 2, 2))
+    both(
+        lambda *a: ops._BlockAttention.apply(*a, 0.25, layout),
+        lambda *a: reference_attention((270,), 0.25)(*a).float(),
+        *(q, k, v),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_and_its_gradient(dtype: torch.dtype) -> None:
+    logits = (torch.randn(9, 300) * 5).to(dtype).requires_grad_()
+    labels = torch.randint(0, 300, (9,))
+    before = logits.detach().clone()
+    loss, gradient = ops.cross_entropy(logits.detach(), labels, True)
+    expected = F.cross_entropy(logits.float(), labels, reduction="sum")
+    expected.backward()
+    assert torch.equal(logits, before)
+    assert float(loss) == pytest.approx(float(expected.detach()), rel=1e-6)
+    assert gradient is not None
+    torch.testing.assert_close(gradient, logits.grad, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5])
+def test_dropout_drops_its_share_independently(p: float) -> None:
+    mask = ops.dropout_mask(torch.empty(1000, 1001), p)
+    n = mask.numel()
+    assert float(mask.float().mean()) == pytest.approx(1 - p, abs=4 * (p * (1 - p) / n) ** 0.5)
+    for step in (1, 4, 1001):  # neighbours, numbers of one draw, numbers below one another
+        flat = mask.flatten()
+        both_dropped = (~flat[:-step] & ~flat[step:]).float().mean()
+        assert float(both_dropped) == pytest.approx(p * p, abs=5 * p / n**0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_lora_update_is_the_definition(dtype: torch.dtype, p: float) -> None:
+    layer = LoRALinear(torch.nn.Linear(24, 40, dtype=dtype), LoRASettings(r=4, alpha=6, dropout=p))
+    torch.nn.init.normal_(layer.lora_B)
+    x = torch.randn(2, 5, 24, dtype=dtype)
+    torch.manual_seed(7)
+    mask = ops.dropout_mask(x, p) if p else torch.ones_like(x, dtype=torch.bool)
+    a, b = layer.lora_A.detach().requires_grad_(), layer.lora_B.detach().requires_grad_()
+
+    def fast(x, a, b):
+        torch.manual_seed(7)
+        return lora._Update.apply(layer.base(x), x, a, b, layer.scaling, p)
+
+    def plain(x, a, b):
+        seen = x.float() * mask / (1 - p)
+        return layer.base(x) + (seen @ a.T @ b.T * layer.scaling).to(dtype)
+
+    both(fast, plain, x.requires_grad_(), a, b, tolerance=3e-2 if dtype == torch.bfloat16 else 1e-5)
+    torch.manual_seed(7)
+    assert torch.equal(layer(x), fast(x, layer.lora_A, layer.lora_B))
