@@ -39,9 +39,9 @@ def load(model: str, kind: str | None) -> GPT:
 def bytes_per_token(gpt: GPT) -> int:
     """What one step reads of the weights: all but the embedding, of which it reads a row."""
     tensors = {t.data_ptr(): t.nbytes for t in (*gpt.parameters(), *gpt.buffers())}
-    for module in gpt.modules():  # a packed layer keeps its scales apart
-        if isinstance(module, quantization.Linear4bit) and module.packed is not None:
-            tensors |= {t.data_ptr(): t.nbytes for t in module.packed}
+    for module in gpt.modules():
+        if isinstance(module, decoding.FewTokensLinear4bit):
+            tensors[module.scales.data_ptr()] = module.scales.nbytes
     if not gpt.config.tie_embeddings:
         del tensors[gpt.transformer.wte.weight.data_ptr()]
     return sum(tensors.values())
