@@ -17,9 +17,11 @@ import torch
 from lit_gpt import checkpoint, files
 from lit_gpt.model import IGNORE_INDEX
 from lit_gpt.prompts import get_style
+from lit_gpt.report import Progress
 from lit_gpt.tokenizer import Tokenizer
 
 TRAIN, TEST, META = "train.pt", "test.pt", "meta.json"
+AT_ONCE = 4096  # rows in one call of the tokenizer's library, which spreads them over the cores
 Record = dict[str, str]
 
 
@@ -105,28 +107,36 @@ class Encoded:
 
 
 def encode(records: Sequence[Record], tokenizer: Tokenizer, style: str, max_length: int) -> Encoded:
-    """Tokenise every prompt, and every answer followed by the end-of-text token, each in one batched call.
+    """Tokenise every prompt, and every answer followed by the end-of-text token, thousands in one call.
 
     A row longer than `max_length` keeps its end-of-text token and loses the end of its answer; one whose prompt leaves
     no room for an answer is refused by ValueError with its number.
     """
     render = get_style(style)
-    prompts = tokenizer.encode_batch([render(record["instruction"], record["input"]) for record in records])
-    answers = tokenizer.encode_batch([record["output"] for record in records], bos=False, eos=True)
-    n_truncated = 0
-    for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        if len(prompt) + len(answer) > max_length:
-            if len(prompt) + 2 > max_length:
-                raise ValueError(
-                    f"row {index + 1}: the prompt alone has {len(prompt)} tokens and {max_length} are allowed; "
-                    f"shorten it or raise --max_seq_length (it begins {records[index]['instruction'][:60]!r})"
-                )
-            n_truncated += 1
-            answers[index] = answer[: max_length - len(prompt) - 1] + answer[-1:]
-    lengths = torch.tensor([0] + [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)])
-    flat = [token for pair in zip(prompts, answers, strict=True) for row in pair for token in row]
-    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32)
-    return Encoded(torch.tensor(flat, dtype=torch.int32), lengths.cumsum(0), prompt_lengths, n_truncated)
+    tokens, lengths, prompt_lengths, n_truncated = [], [0], [], 0
+    with Progress("tokenising", len(records)) as progress:
+        for start in range(0, len(records), AT_ONCE):
+            part = records[start : start + AT_ONCE]
+            prompts = tokenizer.encode_batch([render(record["instruction"], record["input"]) for record in part])
+            answers = tokenizer.encode_batch([record["output"] for record in part], bos=False, eos=True)
+            flat: list[int] = []
+            for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), start=start + 1):
+                if len(prompt) + len(answer) > max_length:
+                    if len(prompt) + 2 > max_length:
+                        begins = records[number - 1]["instruction"][:60]
+                        raise ValueError(
+                            f"row {number}: the prompt alone has {len(prompt)} tokens and {max_length} are allowed; "
+                            f"shorten it or raise --max_seq_length (it begins {begins!r})"
+                        )
+                    n_truncated += 1
+                    answer = answer[: max_length - len(prompt) - 1] + answer[-1:]
+                flat += prompt + answer
+                lengths.append(len(prompt) + len(answer))
+                prompt_lengths.append(len(prompt))
+            tokens.append(torch.tensor(flat, dtype=torch.int32))
+            progress.update(start + len(part))
+    counts = torch.tensor(prompt_lengths, dtype=torch.int32)
+    return Encoded(torch.cat(tokens), torch.tensor(lengths).cumsum(0), counts, n_truncated)
 
 
 def prepare(
