@@ -19,7 +19,7 @@ MAY_IMPORT = {  # what a room may import of the package; those not named see eve
     "bnb": {"files", "quantization"},
     "cache": set(),
     "cli": set(),
-    "config": {"families"},  # inside from_name only
+    "config": {"families", "files"},  # families inside from_name only
     "files": set(),
     "ops": set(),
     "optimizers": {"quantization"},
@@ -29,7 +29,7 @@ MAY_IMPORT = {  # what a room may import of the package; those not named see eve
     "runtime": {"model"},  # for the type checker only
     "quantization": set(),
     "surgery": set(),
-    "tokenizer": set(),
+    "tokenizer": {"files"},
     "model": {"cache", "config", "ops", "rope"},
     "lora": {"ops", "surgery"},
     "families": {"config", "families", "rope"},
