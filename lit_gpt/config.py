@@ -62,9 +62,7 @@ class Config:
     norm_eps: float = 1e-5
     norm_offset: float = 0.0  # Gemma stores weight - 1
     norm_bias: bool = False
-    norm_placement: Literal["pre", "post", "both"] = (
-        "pre"  # post: after the sub-layer (OLMo 2); both: Gemma 2's sandwich
-    )
+    norm_placement: Literal["pre", "post", "both"] = "pre"  # post: OLMo 2; both: a sandwich (Gemma 2)
     parallel_residual: bool = False
     shared_norm: bool = False  # attention and MLP read one norm (Falcon-7B, Phi)
     qk_norm: Literal["head", "all"] | None = None  # "head": over head_size (Qwen3); "all": over all heads (OLMo 2)
