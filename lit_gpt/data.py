@@ -6,7 +6,6 @@ opens at once at any size: `tokens` (all rows end to end), `offsets` (n_rows + 1
 
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -21,7 +20,6 @@ from lit_gpt.prompts import get_style
 from lit_gpt.tokenizer import Tokenizer
 
 TRAIN, TEST, META = "train.pt", "test.pt", "meta.json"
-SURROGATE = re.compile("[\ud800-\udfff]")
 Record = dict[str, str]
 
 
@@ -73,7 +71,7 @@ def check_record(row: Any, where: str) -> Record:
         if not isinstance(value, str):
             problem = "is missing" if value is None else f"must be text, not {type(value).__name__}"
             raise ValueError(f"{where}: {key!r} {problem}")
-        if SURROGATE.search(value):
+        if not files.is_text(value):
             raise ValueError(f"{where}: {key!r} holds half of a character (a lone surrogate, such as \\ud83d)")
     if not record["instruction"].strip() and not record["input"].strip():
         raise ValueError(f"{where}: 'instruction' is empty")

@@ -5,6 +5,7 @@ import ctypes
 import json
 import os
 import pickletools
+import re
 import shutil
 import struct
 import sys
@@ -44,6 +45,7 @@ WEIGHTS = (  # where a folder's weights may lie, best first; an index beside the
 )
 
 TEXT_LIMIT = 100_000_000  # bytes of JSON or of a pickle that are parsed: as Python objects they take many times that
+SURROGATE = re.compile("[\ud800-\udfff]")
 PLAIN_PICKLES = {  # what a file of tensors, numbers and text names; torch itself lets more pass, see `_strange`
     "collections OrderedDict",
     "torch Size",
@@ -144,6 +146,8 @@ def fetch(url: str, path: Path) -> None:
     try:
         with urlopen(url, timeout=60) as answer, atomically(path) as temporary, open(temporary, "wb") as file:
             shutil.copyfileobj(answer, file)
+            if (told := answer.headers["Content-Length"]) is not None and file.tell() != int(told):
+                raise OSError(f"the connection was lost after {file.tell():,} of {int(told):,} bytes")
     except (URLError, OSError, TimeoutError) as error:
         reason = getattr(error, "reason", error)
         raise ValueError(f"{url} cannot be downloaded ({reason}); without a network, put the file at {path}") from error
@@ -362,6 +366,11 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def is_text(value: str) -> bool:
+    """Whether it can be written as UTF-8: JSON can spell half of a character, such as \\ud83d alone."""
+    return not SURROGATE.search(value)
 
 
 def read_json(path: Path) -> dict[str, Any]:

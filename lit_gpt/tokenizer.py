@@ -75,7 +75,7 @@ class Tokenizer:
         for source in settings:
             token = source.get(f"{name}_token")
             token = token.get("content") if isinstance(token, dict) else token
-            if isinstance(token, str) and (index := self._backend.to_id(token)) is not None:
+            if isinstance(token, str) and files.is_text(token) and (index := self._backend.to_id(token)) is not None:
                 return index
         for source in numbered:
             index = source.get(f"{name}_token_id")

@@ -39,7 +39,7 @@ from lit_gpt.interop.gguf import open_gguf
 from lit_gpt.lora import LoRASettings
 from lit_gpt.tokenizer import Tokenizer
 
-FEW, MANY = 100, int(os.environ.get("FUZZ", 4000))  # files for each reader
+FEW, MANY = 50, int(os.environ.get("FUZZ", 4000))  # files for each reader
 TINY = Config(n_layer=2, n_head=2, n_embd=16, vocab_size=512, block_size=64, intermediate_size=24)
 
 
