@@ -149,7 +149,7 @@ def test_the_hubs_own_cache_is_read_with_its_links(tmp_path: Path) -> None:
         ({"weight_map": {"a": "../x.safetensors"}}, "outside the folder"),
         ({"weight_map": {"a": "/etc/passwd"}}, "outside the folder"),
         ({"weight_map": {"a": "x\0.safetensors"}}, "outside the folder"),
-        ({"weight_map": {"a": ".."}}, "outside the folder"),
+        ({"weight_map": {"a": ".."}}, r"files that are no \*\.safetensors"),
         ({"weight_map": {"a": "config.json"}}, r"files that are no \*\.safetensors"),
         ({"weight_map": {"a": 1}}, "no weight_map"),
         ({"weight_map": ["a"]}, "no weight_map"),
@@ -228,7 +228,7 @@ def test_safetensors_headers_are_checked(tmp_path: Path, spoil: Callable[[bytes]
         ({"head_dim": 3, "hidden_size": 64}, "has no pairs"),
         (
             {"model_type": "mixtral", "num_local_experts": 10**6, "num_experts_per_tok": 1},
-            "more than any model has|lie",
+            "layers of|lie",
         ),
         ({"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 9}, "9 of 4 experts"),
     ],
@@ -338,8 +338,8 @@ def test_factors_are_held_against_the_model_before_there_is_memory_for_them(tmp_
     told = ("m", checkpoint.fingerprint(folder), "alpaca", "32-true", None, 1)
     hostile = Adapter(state, LoRASettings(r=10**6), *told)
     model = checkpoint.load_model(folder, torch.float32)
-    refused(lambda: hostile.attach(model, folder, Path("a.pth")), "a.pth", r"unexpected x\.lora_B.*instead of")
-    with pytest.raises(ValueError, match=r"does not fit this model.*unexpected x\.lora_B"):
+    refused(lambda: hostile.attach(model, folder, Path("a.pth")), "a.pth", "does not fit this model")
+    with pytest.raises(ValueError, match="does not fit this model"):
         merging.merge_folder(folder, hostile, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     assert not any("lora" in name for name, _ in model.named_parameters())
