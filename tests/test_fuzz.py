@@ -39,7 +39,7 @@ from lit_gpt.interop.gguf import open_gguf
 from lit_gpt.lora import LoRASettings
 from lit_gpt.tokenizer import Tokenizer
 
-FEW, MANY = 50, int(os.environ.get("FUZZ", 4000))  # files for each reader
+FEW, MANY = 100, int(os.environ.get("FUZZ", 4000))  # files for each reader
 TINY = Config(n_layer=2, n_head=2, n_embd=16, vocab_size=512, block_size=64, intermediate_size=24)
 
 
@@ -80,6 +80,14 @@ def read_adapter(folder: Path) -> None:
     lora.check_fit(model, read.settings, read.state, folder)
     lora.attach(model.to_empty(device="cpu"), read.settings)
     lora.load_adapter_state(model, read.state, folder)
+
+
+def quantized(folder: Path) -> None:
+    checkpoint.save_quantized(folder, "bnb.int8", lambda done, total: None)
+
+
+def read_quantized(folder: Path) -> None:
+    checkpoint.load_model(folder, torch.float32, quantize="bnb.int8")
 
 
 def prepared(folder: Path) -> None:
@@ -176,6 +184,7 @@ READERS = {
     "tokenizer config": Reader(hf_folder, "tokenizer_config.json", read_tokenizer),
     "generation config": Reader(hf_folder, "generation_config.json", read_tokenizer),
     "adapter": Reader(with_tiny(adapter), files.ADAPTER, read_adapter, "pickle"),
+    "quantized weights": Reader(with_tiny(quantized), files.quantized_name("bnb.int8"), read_quantized, "pickle"),
     "prepared set": Reader(with_tiny(prepared), data.TRAIN, read_prepared, "pickle"),
     "prepared set's tokens": Reader(with_tiny(prepared), data.TRAIN, read_prepared, "numbers"),
     "prepared meta": Reader(with_tiny(prepared), data.META, read_prepared),

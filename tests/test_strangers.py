@@ -18,7 +18,7 @@ from conftest import STORIES
 from fuzzing import change_record, read_safetensors, to_safetensors, watched
 from safetensors.torch import save_file
 from test_checkpoint import Bomb, copy
-from test_fuzz import READERS, SETTINGS, TINY, adapter, prepared, script, tiny_folder
+from test_fuzz import READERS, TINY, adapter, prepared, quantized, read_quantized, script, tiny_folder
 from test_gguf import write_gguf
 
 from lit_gpt import checkpoint, cli, data, files, lora, merging
@@ -46,10 +46,6 @@ def load(folder: Path) -> object:
     return checkpoint.load_model(folder, torch.float32)
 
 
-def load_quantized(folder: Path) -> object:
-    return checkpoint.load_model(folder, torch.float32, quantize="bnb.int8")
-
-
 def load_adapter(folder: Path) -> object:
     return Adapter.load(folder / files.ADAPTER)
 
@@ -64,7 +60,7 @@ PICKLES = {
     "pytorch_model.bin": load,
     files.ADAPTER: load_adapter,
     data.TRAIN: load_prepared,
-    QUANTIZED: load_quantized,
+    QUANTIZED: read_quantized,
 }
 
 
@@ -396,11 +392,11 @@ def test_prepared_sets_stay_within_their_tokens(tmp_path: Path, name: str, at: i
 )
 def test_kept_quantized_weights_must_fit(tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str) -> None:
     folder = tiny_folder(tmp_path / "m")
-    checkpoint.save_quantized(folder, "bnb.int8", lambda done, total: None)
+    quantized(folder)
     content = files.load_dict(folder / QUANTIZED)
     change(content["weights"])
     files.save(folder / QUANTIZED, content)
-    refused(lambda: load_quantized(folder), QUANTIZED, message)
+    refused(lambda: read_quantized(folder), QUANTIZED, message)
 
 
 ALIASES = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -545,4 +541,3 @@ def test_the_biggest_presets_are_within_the_ranges() -> None:
     from lit_gpt.families import preset_names
 
     assert all(Config.from_name(name).n_layer for name in preset_names())
-    assert SETTINGS
