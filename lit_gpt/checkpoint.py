@@ -271,15 +271,15 @@ def _load_quantized(
     return model
 
 
-def _made_from(folder: Path) -> list[list[str | int]]:
+def _made_from(folder: Path) -> str:
     """What the weights' files look like: changes when they do."""
     stats = [(file.name, file.stat()) for file in FolderSource(folder).files]
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    return json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
 
 
 def _is_current(folder: Path, quantize: str) -> bool:
     path = folder / files.quantized_name(quantize)
-    return path.is_file() and files.load_dict(path, mmap=True).get("made_from") == _made_from(folder)
+    return path.is_file() and files.load_dict(files.own(path), mmap=True).get("made_from") == _made_from(folder)
 
 
 def unfreeze(model: GPT) -> None:
