@@ -35,8 +35,10 @@ ROPE_NEEDS: dict[str, tuple[str, ...]] = {  # `rope_type` -> the keys that rope.
     "yarn": (),
     "longrope": ("long_factor", "short_factor", "original_max_position_embeddings"),
 }
-_OTHER = str | bool | None  # what a key of `rope_scaling` that is no number may hold
 ROPE_LISTS = ("long_factor", "short_factor")  # a number for each pair that is rotated
+ROPE_KEYS = {key for keys in ROPE_NEEDS.values() for key in keys} | {  # all that is read as numbers
+    *("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+}
 
 
 @dataclass
@@ -132,11 +134,12 @@ class Config:
             raise ValueError(f"rope_scaling: unknown rope_type {reprlib.repr(kind)}; known are {', '.join(ROPE_NEEDS)}")
         if missing := [key for key in ROPE_NEEDS[kind] if scaling.get(key) is None]:
             raise ValueError(f"rope_scaling of the type {kind} has no {', '.join(missing)}")
-        for key, value in scaling.items():
+        for key in ROPE_KEYS & scaling.keys():
+            value = scaling[key]
             is_list = key in ROPE_LISTS and isinstance(value, list) and len(value) == self.rope_size // 2
             for number in value if is_list else [value]:
                 is_number = _fits(number, float) and 0 <= number < 1e15
-                if not (is_number and number) if key in ROPE_NEEDS[kind] else not (is_number or _fits(number, _OTHER)):
+                if not (is_number and number) if key in ROPE_NEEDS[kind] else not (is_number or number is None):
                     raise ValueError(f"rope_scaling: {key} cannot be {reprlib.repr(value)}")
 
     @property

@@ -52,6 +52,7 @@ PLAIN_PICKLES = {  # what a file of tensors, numbers and text names; torch itsel
     "torch._utils _rebuild_parameter",
     "torch._utils _rebuild_tensor_v2",
     *(f"torch {kind}Storage" for kind in "Double Float Half BFloat16 Long Int Short Char Byte Bool".split()),
+    *("torch._utils _rebuild_tensor_v3", "torch.storage UntypedStorage", "torch float8_e4m3fn", "torch float8_e5m2"),
 }
 
 
@@ -186,6 +187,8 @@ def load_dict(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     try:
         strange = _strange(path)
         state = None if strange else torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except MemoryError:
+        raise
     except Exception as error:  # a broken file fails wherever its bytes stop making sense
         reason = str(error).split("\n", 1)[0].split(". ", 1)[0] or type(error).__name__
         raise ValueError(f"{path} is broken or incomplete: {reason}") from error
@@ -210,7 +213,7 @@ def _strange(path: Path) -> str | None:
             return "it is a bare pickle, as torch wrote them before version 1.6; load and save it again with torch"
     with zipfile.ZipFile(path) as archive:
         listed, size = archive.infolist(), path.stat().st_size
-    records = {record.filename.split("/", 1)[-1]: record for record in listed}
+    records = {record.filename.split("/", 1)[-1].lower(): record for record in listed}  # torch takes either case
     claimed = sum(record.file_size for record in listed)
     if claimed > size or any(record.compress_type for record in listed) or len(records) < len(listed):
         return f"its records are packed, or overlap: {claimed:,} bytes in a file of {size:,}"
@@ -219,7 +222,8 @@ def _strange(path: Path) -> str | None:
         return f"its index alone has {pickle.file_size:,} bytes"
     with open(path, "rb") as file:
         _seek_record(file, pickle)
-        named = {str(argument) for code, argument, _ in pickletools.genops(file) if code.name == "GLOBAL"}
+        operations = pickletools.genops(file.read(pickle.file_size))
+    named = {str(argument) for code, argument, _ in operations if code.name == "GLOBAL"}
     if unknown := sorted(named - PLAIN_PICKLES):
         return f"it holds objects that could run code or take any amount of memory: {', '.join(unknown[:4])}"
     return None
@@ -324,7 +328,7 @@ class FolderSource:
     def release(self, name: str) -> None:
         """Say that the tensor has been used, and what it holds in memory can go."""
         file = self._home[name]
-        if file in self._states and zipfile.is_zipfile(file):  # mapped, then
+        if file in self._states:
             forget(self._states[file][name])
 
 

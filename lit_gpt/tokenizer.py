@@ -57,6 +57,8 @@ class Tokenizer:
         added = settings["tokenizer_config.json"].get("added_tokens_decoder") or {}
         try:
             self._backend: Backend = _Fast(file) if file.name == TOKENIZER_JSON else _SentencePiece(file, added)
+        except ImportError as error:
+            raise ValueError(f"{file} needs sentencepiece: pip install 'lit-gpt[sentencepiece]'") from error
         except Exception as error:  # both libraries raise bare Exceptions for a malformed file
             raise ValueError(f"{file} is broken: {error}") from error
         self.vocab_size = self._backend.vocab_size
@@ -168,10 +170,8 @@ class _SentencePiece:
     """A tokenizer.model, with the added tokens that tokenizer_config.json lists beside it."""
 
     def __init__(self, file: Path, added: dict[str, Any]):
-        try:
-            from sentencepiece import SentencePieceProcessor
-        except ImportError as error:
-            raise ValueError(f"{file} needs sentencepiece: pip install 'lit-gpt[sentencepiece]'") from error
+        from sentencepiece import SentencePieceProcessor
+
         self.library = SentencePieceProcessor(model_file=str(file))
         self.added = {entry["content"]: int(index) for index, entry in added.items()}
         self.names = {index: token for token, index in self.added.items()}

@@ -101,6 +101,24 @@ def test_packed_archives_are_not_unpacked(tmp_path: Path, name: str) -> None:
     refused(lambda: PICKLES[name](folder), name, "was not loaded: its records are packed")
 
 
+def test_names_in_another_case_are_not_passed_over(tmp_path: Path) -> None:
+    """torch would find either; so there must be one alone."""
+    torch.save({"x": torch.zeros(3)}, tmp_path / "a.pth")
+    with zipfile.ZipFile(tmp_path / "a.pth", "a") as archive:
+        archive.writestr("a/Data.PKL", pickle.dumps(Greedy(GIB), protocol=2))
+    refused(lambda: files.load_dict(tmp_path / "a.pth"), "a.pth", "records are packed, or overlap")
+
+
+def test_every_dtype_of_weights_is_read(tmp_path: Path) -> None:
+    kinds = "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 int64 int32 int16 int8 uint8 bool".split()
+    state = {kind: torch.ones(3).to(getattr(torch, kind)) for kind in kinds}
+    torch.save(
+        {**state, "parameter": torch.nn.Parameter(torch.ones(2)), "size": state["bool"].shape}, tmp_path / "a.pth"
+    )
+    got = files.load_dict(tmp_path / "a.pth", mmap=True)
+    assert all(torch.equal(got[kind].float(), torch.ones(3)) and got[kind].dtype == state[kind].dtype for kind in kinds)
+
+
 def test_a_few_numbers_cannot_claim_to_be_many(tmp_path: Path) -> None:
     torch.save({"x": torch.zeros(1).expand(GIB, 8)}, tmp_path / "a.pth")
     refused(lambda: files.load_dict(tmp_path / "a.pth"), "a.pth", "claims tensors of 34,359,738,368")
