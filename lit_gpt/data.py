@@ -311,7 +311,9 @@ def open_prepared(
         )
     meta = files.read_json(data_dir / META)
     types = {**META_TYPES, TRAIN: dict, TEST: dict}
-    if wrong := [key for key, kind in types.items() if key in meta and not isinstance(meta[key], kind)]:
+    wrong = [key for key, kind in types.items() if key in meta and not isinstance(meta[key], kind)]
+    wrong = wrong or [part for part in (TRAIN, TEST) if not isinstance(meta.get(part, {}).get("truncated", 0), int)]
+    if wrong:
         raise ValueError(f"{data_dir / META}: {', '.join(wrong)} is not what this project writes; prepare it again")
     if meta.get("tokenizer") != tokenizer.fingerprint:
         raise ValueError(

@@ -73,6 +73,7 @@ def from_hub(repo_id: str, folder: Path, *, token: str | None, revision: str | N
         if not _is_of_network(error):
             raise
         raise ValueError(_unreachable("the Hugging Face hub", error, repo_id)) from error
+    files.sync_folder(folder)
     if not keep_marker:
         marker.unlink()
 

@@ -116,12 +116,9 @@ def read_tokenizer(folder: Path) -> None:
 
 
 def read_gguf(folder: Path) -> None:
-    from lit_gpt.families import read_hf_config
-
     with open_gguf(folder / "m.gguf") as source:
-        config = read_hf_config(source.hf_config)
         source.write_tokenizer(folder)
-        checkpoint.Weights(source, config)
+        checkpoint.Weights(source, source.config)
         for name in list(source.metas)[:4]:
             source.read(name)
 
@@ -188,7 +185,7 @@ READERS = {
     "prepared set": Reader(with_tiny(prepared), data.TRAIN, read_prepared, "pickle"),
     "prepared set's tokens": Reader(with_tiny(prepared), data.TRAIN, read_prepared, "numbers"),
     "prepared meta": Reader(with_tiny(prepared), data.META, read_prepared),
-    "gguf": Reader(lambda f: (f.mkdir(), write_gguf(f / "m.gguf")), "m.gguf", read_gguf, None),
+    "gguf": Reader(lambda f: (f.mkdir(), write_gguf(f / "m.gguf")), "m.gguf", read_gguf, "gguf"),
     "hyperparameters": Reader(
         lambda f: (
             f.mkdir(),
@@ -212,6 +209,9 @@ def spoil(good: bytes, path: Path, structure: str | None, edits: Any, parts: Any
         import yaml
 
         path.write_bytes(to_json(spoil_json(yaml.safe_load(good), parts)))
+    elif structure == "gguf":
+        end = good.rindex(b"ffn_down.weight") + 60  # of the header: what follows are numbers
+        path.write_bytes(spoil_bytes(good[:end], edits) + good[end:])
     elif structure == "safetensors":
         header, rest = read_safetensors(good)
         path.write_bytes(to_safetensors(spoil_json(header, parts), rest))

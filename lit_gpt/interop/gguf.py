@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from lit_gpt import files, rope
+from lit_gpt.families import read_hf_config
 from lit_gpt.interop import gguf_file
 
 # llama.cpp's names (its tensor_mapping.py) to HF's.
@@ -169,7 +170,7 @@ def _unpack(path: Path, target: Path) -> bool:
 class GGUFCheckpoint:
     """A `TensorSource` of dequantised tensors under HF's names; quantised ones become float32.
 
-    `hf_config` and `generation_config` are what the JSON files of those names would hold.
+    `hf_config` and `generation_config` are what the JSON files of those names would hold, `config` what the first says.
     """
 
     is_lit = False
@@ -203,8 +204,12 @@ class GGUFCheckpoint:
         self.hf_config = self._architecture.config(self.meta, factors, "output.weight" not in raw)
         ids = {f"{kind.removesuffix('ding')}_token_id": self.meta.token_id(kind) for kind in ("bos", "eos", "padding")}
         self.hf_config |= ids
+        try:
+            self.config = read_hf_config(self.hf_config)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
         self.generation_config = {key: value for key, value in ids.items() if value is not None}
-        layers = range(min(self.hf_config["num_hidden_layers"], len(raw)))  # the file may say any number
+        layers = range(self.config.n_layer)
         to_hf = {gg.format(i=i): hf.format(i=i) for gg, hf in self._architecture.names.items() for i in layers}
         self._tensors = {to_hf.get(name, name): tensor for name, tensor in raw.items()}
         kinds = gguf.GGMLQuantizationType
