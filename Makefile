@@ -17,7 +17,7 @@ test: $(VENV)/.test
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
 
-# Tens of thousands of damaged and hostile files for the readers; FUZZ=50000 tries so many of each kind.
+# Tens of thousands of damaged and hostile files for the readers; FUZZ=10000 makes it ten times as many.
 fuzz: $(VENV)/.test
 	$(BIN)/python -m pytest -m "slow or not slow" tests/test_fuzz.py tests/test_strangers.py
 

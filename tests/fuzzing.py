@@ -1,6 +1,7 @@
 """Damaged and hostile files made of good ones, and a watch over what reading them costs."""
 
 import copy
+import io
 import json
 import resource
 import signal
@@ -109,13 +110,16 @@ def to_safetensors(header: Any, rest: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text + rest
 
 
-def change_record(path: Path, change: Callable[[bytes], bytes], name: str = "data.pkl", packed: bool = False) -> None:
-    """Rewrite one record of a `.pth`."""
-    with zipfile.ZipFile(path) as archive:
-        records = {info.filename: archive.read(info) for info in archive.infolist()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED) as archive:
-        for record, data in records.items():
-            archive.writestr(record, change(data) if record.endswith(f"/{name}") else data)
+def change_record(
+    data: bytes, change: Callable[[bytes], bytes], name: str = "data.pkl", packing: int = zipfile.ZIP_STORED
+) -> bytes:
+    """A `.pth` with one of its records changed."""
+    changed = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(changed, "w", packing) as other:
+        for record in archive.infolist():
+            content = archive.read(record)
+            other.writestr(record.filename, change(content) if record.filename.endswith(f"/{name}") else content)
+    return changed.getvalue()
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import yaml
 from conftest import ROWS, STORIES
 from fuzzing import (
     byte_edits,
@@ -26,7 +27,6 @@ from fuzzing import (
     watched,
 )
 from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_gguf import write_gguf
 
@@ -39,7 +39,7 @@ from lit_gpt.interop.gguf import open_gguf
 from lit_gpt.lora import LoRASettings
 from lit_gpt.tokenizer import Tokenizer
 
-FEW, MANY = 100, int(os.environ.get("FUZZ", 4000))  # files for each reader
+FEW, MANY = 40, int(os.environ.get("FUZZ", 1000))  # examples for each reader, of six files or so
 TINY = Config(n_layer=2, n_head=2, n_embd=16, vocab_size=512, block_size=64, intermediate_size=24)
 
 
@@ -158,7 +158,8 @@ class Reader(NamedTuple):
     make: Callable[[Path], Any]
     file: str
     read: Callable[[Path], Any]
-    structure: str | None = "json"  # what its bytes are: spoilt by parts too, not only by bytes
+    structure: str = "json"  # a key of BY_PARTS; "" for a file that is bytes alone
+    share: float = 1.0  # of the examples: less for those that are slow to read
 
 
 def with_tiny(make: Callable[[Path], Any]) -> Callable[[Path], Any]:
@@ -171,7 +172,7 @@ def lines(folder: Path) -> None:
 
 READERS = {
     "rows": Reader(with_tiny(prepared), "rows.json", read_rows),
-    "row lines": Reader(with_tiny(lines), "rows.json", read_rows, None),
+    "row lines": Reader(with_tiny(lines), "rows.json", read_rows, ""),
     "lit config": Reader(tiny_folder, files.LIT_CONFIG, lambda f: checkpoint.Weights.from_folder(f)),
     "lit model": Reader(tiny_folder, files.LIT_MODEL, lambda f: checkpoint.load_model(f, torch.float32), "pickle"),
     "config": Reader(hf_folder, files.HF_CONFIG, checkpoint.load_config),
@@ -194,30 +195,31 @@ READERS = {
         files.HYPERPARAMETERS,
         read_hyperparameters,
         "yaml",
+        share=0.2,
     ),
 }
 
 
-def spoil(good: bytes, path: Path, structure: str | None, edits: Any, parts: Any, by_parts: bool) -> None:
-    """Put a spoilt version of a good file in its place."""
-    path.write_bytes(good)
-    if not by_parts or structure is None:
-        path.write_bytes(spoil_bytes(good, edits))
-    elif structure == "json":
-        path.write_bytes(to_json(spoil_json(json.loads(good), parts)))
-    elif structure == "yaml":
-        import yaml
+def of_gguf(good: bytes, edits: Any, parts: Any) -> bytes:
+    end = good.rindex(b"ffn_down.weight") + 60  # of the header: what follows are numbers
+    return spoil_bytes(good[:end], edits) + good[end:]
 
-        path.write_bytes(to_json(spoil_json(yaml.safe_load(good), parts)))
-    elif structure == "gguf":
-        end = good.rindex(b"ffn_down.weight") + 60  # of the header: what follows are numbers
-        path.write_bytes(spoil_bytes(good[:end], edits) + good[end:])
-    elif structure == "safetensors":
-        header, rest = read_safetensors(good)
-        path.write_bytes(to_safetensors(spoil_json(header, parts), rest))
-    else:
-        names = {"pickle": "data.pkl", "numbers": f"data/{len(parts) % 3}"}
-        change_record(path, lambda record: spoil_bytes(record, edits), names[structure])
+
+def of_safetensors(good: bytes, edits: Any, parts: Any) -> bytes:
+    header, rest = read_safetensors(good)
+    return to_safetensors(spoil_json(header, parts), rest)
+
+
+BY_PARTS: dict[str, Callable[[bytes, Any, Any], bytes]] = {  # how a file is spoilt that is more than bytes
+    "json": lambda good, edits, parts: to_json(spoil_json(json.loads(good), parts)),
+    "yaml": lambda good, edits, parts: to_json(spoil_json(yaml.safe_load(good), parts)),
+    "gguf": of_gguf,
+    "safetensors": of_safetensors,
+    "pickle": lambda good, edits, parts: change_record(good, lambda record: spoil_bytes(record, edits)),
+    "numbers": lambda good, edits, parts: change_record(
+        good, lambda record: spoil_bytes(record, edits), f"data/{len(parts) % 3}"
+    ),
+}
 
 
 def refusal(read: Callable[[Path], Any], folder: Path) -> str | None:
@@ -229,26 +231,30 @@ def refusal(read: Callable[[Path], Any], folder: Path) -> str | None:
     return None
 
 
-def fuzz(reader: Reader, folder: Path, n_files: int) -> None:
+def fuzz(reader: Reader, folder: Path, n_examples: int) -> None:
+    """An example is several files: with one change more each, of its bytes and, where it has any, of its parts."""
     reader.make(folder)
     path = folder / reader.file
     good = path.read_bytes()
     reader.read(folder)  # a good file is read; and what is imported on first use is there
+    ways = [lambda good, edits, parts: spoil_bytes(good, edits), *filter(None, [BY_PARTS.get(reader.structure)])]
 
     @settings(
-        max_examples=n_files,
+        max_examples=max(1, round(n_examples * reader.share)),
         deadline=None,
         database=None,
-        derandomize=n_files == FEW,
+        derandomize=n_examples == FEW,
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )
-    @given(byte_edits, json_edits, st.booleans())
-    def every_file_is_read_or_refused(edits: Any, parts: Any, by_parts: bool) -> None:
-        spoil(good, path, reader.structure, edits, parts, by_parts)
-        with watched(path.stat().st_size):
-            told = refusal(reader.read, folder)
-        assert told is None or str(folder) in told
+    @given(byte_edits, json_edits)
+    def every_file_is_read_or_refused(edits: Any, parts: Any) -> None:
+        for n in range(1, max(len(edits), len(parts)) + 1):
+            for way in ways:
+                path.write_bytes(way(good, edits[:n], parts[:n]))
+                with watched(path.stat().st_size):
+                    told = refusal(reader.read, folder)
+                assert told is None or str(folder) in told
 
     every_file_is_read_or_refused()
 
