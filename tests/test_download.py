@@ -161,7 +161,7 @@ def test_a_damaged_file_is_not_kept_and_fetched_again(hub: Hub, tmp_path: Path, 
     hub.damage = ""
     hub.asked.clear()
     assert download(tmp_path, hub.url).returncode == 0
-    assert hub.asked == [(name, 0)]
+    assert (name, 0) in hub.asked  # others that were stopped go on where they were
     assert checkpoint.fingerprint(tmp_path / REPO) == checkpoint.fingerprint(STORIES)
 
 
