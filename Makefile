@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow lint clean
+.PHONY: quickstart test test-slow fuzz lint clean
 
 quickstart: $(VENV)/.run
 	HF_HUB_OFFLINE=1 $(BIN)/python scripts/quickstart.py
@@ -16,6 +16,10 @@ test: $(VENV)/.test
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
+
+# Tens of thousands of damaged and hostile files for the readers; FUZZ=10000 makes it ten times as many.
+fuzz: $(VENV)/.test
+	$(BIN)/python -m pytest -m "slow or not slow" tests/test_fuzz.py tests/test_strangers.py
 
 # Installed once, and again when the requirements change.
 $(VENV)/.run: pyproject.toml constraints.txt
