@@ -4,6 +4,7 @@ A prepared set is a folder with `train.pt`, `test.pt` and `meta.json`. A `.pt` h
 opens at once at any size: `tokens` (all rows end to end), `offsets` (n_rows + 1) and `prompt_lengths` (n_rows).
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -217,7 +218,14 @@ class PreparedSet:
             raise ValueError(f"{path} is no prepared set of this project; run scripts/prepare_alpaca.py again")
         self.tokens, self.offsets = state["tokens"], state["offsets"]
         self.prompt_lengths = state["prompt_lengths"]
-        self.mask_inputs, self.max_length = mask_inputs, max_length
+        self.path, self.mask_inputs, self.max_length = path, mask_inputs, max_length
+
+    def fingerprint(self) -> str:
+        """Tells two sets apart: their tokens, rows and prompts, and what is learned of them."""
+        digest = hashlib.sha256(str(self.mask_inputs).encode())
+        for tensor in (self.tokens, self.offsets, self.prompt_lengths):
+            digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()[:32]
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)

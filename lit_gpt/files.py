@@ -2,16 +2,17 @@
 
 import contextlib
 import ctypes
+import hashlib
 import json
 import os
 import shutil
 import struct
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import torch
 
@@ -23,6 +24,8 @@ FINETUNED = "lit_model_finetuned.pth"
 HYPERPARAMETERS = "hyperparameters.yaml"
 METRICS = "metrics.csv"
 REPORT = "report.json"
+BEST = "best-ckpt.pth"
+LOCK = "run.lock"
 PROMPT_STYLE = "prompt_style.json"
 COMPANIONS = (  # what a model needs beside its weights; copied along whenever a model is written
     HF_CONFIG,
@@ -46,6 +49,18 @@ WEIGHTS = (  # where a folder's weights may lie, best first; an index beside the
 def periodic_name(iteration: int) -> str:
     """Name of a checkpoint within a run; counts micro-batches."""
     return f"iter-{iteration:06d}-ckpt.pth"
+
+
+def state_name(step: int) -> str:
+    """Name of a training state, which a run continues from; counts optimizer steps."""
+    return f"step-{step:06d}-state.pth"
+
+
+def numbered(folder: Path, name: Callable[[int], str]) -> dict[int, Path]:
+    """The files of a folder that `periodic_name` or `state_name` has named, by their number, in its order."""
+    before, after = name(0).split("000000")
+    found = [(path.name.removeprefix(before).removesuffix(after), path) for path in folder.glob(f"{before}*{after}")]
+    return dict(sorted((int(number), path) for number, path in found if number.isdigit()))
 
 
 def quantized_name(kind: str) -> str:
@@ -73,10 +88,44 @@ def atomically(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """`torch.save`, atomically."""
-    with atomically(path) as temporary:
-        torch.save(state, temporary)
+def save(path: Path, state: dict[str, Any], *, sealed: bool = False) -> None:
+    """`torch.save`, atomically; `sealed` with a checksum behind it, for `load_sealed`. Raises OSError."""
+    with atomically(path) as temporary, open(temporary, "wb") as file:
+        digest = _save_into(file, state)
+        if sealed:
+            file.write(digest)
+
+
+def _save_into(file: IO[bytes], state: dict[str, Any]) -> bytes:
+    """`torch.save` into an open file; returns the SHA-256 of what was written. An OSError comes out as itself."""
+    writer = _Writer(file)
+    try:
+        torch.save(state, writer)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        raise writer.error or error from error
+    return writer.digest.digest()
+
+
+class _Writer:
+    """Passes on what it is given, with a running checksum.
+
+    It remembers an error, after which torch would still write the file's end, and complain of that instead.
+    """
+
+    def __init__(self, file: IO[bytes]):
+        self.file, self.digest = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def save_text(path: Path, text: str) -> None:
@@ -154,6 +203,21 @@ def load_dict(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds no state dict but a {type(state).__name__}")
     return state
+
+
+def load_sealed(path: Path) -> dict[str, Any]:
+    """What `save(..., sealed=True)` wrote, mapped. Raises ValueError if a single bit of the file has changed."""
+    size = hashlib.sha256().digest_size
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    with open(path, "rb") as file:
+        digest, left = hashlib.sha256(), os.fstat(file.fileno()).st_size - size
+        while left > 0 and (piece := file.read(min(left, 1 << 20))):
+            digest.update(piece)
+            left -= len(piece)
+        if left or file.read() != digest.digest():
+            raise ValueError(f"{path} is damaged: its checksum is not that of its content")
+    return load_dict(path, mmap=True)
 
 
 class TensorSource(Protocol):

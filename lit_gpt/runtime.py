@@ -84,6 +84,11 @@ def launch(precision: Precision, devices: int | str = 1, num_nodes: int = 1) -> 
     return fabric
 
 
+def is_first_process() -> bool:
+    """Whether this is the process of rank 0, known before Fabric is launched, whoever starts the others."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
 def checkpoint_activations(model: "GPT") -> None:
     """Keep one state per block instead of everything inside it, and run each block again on the way back.
 
