@@ -161,7 +161,7 @@ class Job:
             files.save_text(self.out_dir / files.HYPERPARAMETERS, to_yaml(self.settings))
         if self.found is None:
             return Run(), Metrics(path, enabled=first)
-        state, begun = self.found.state, self.found.metrics()
+        state, begun = self.found.state, self.found.metrics() if first else ""
         self.found = None  # nobody needs the file's pages any more
         resume.restore(state, fabric, model, optimizer)
         if first and state["environment"] != (now := resume.environment(fabric)):

@@ -102,8 +102,11 @@ class Found:
 
     def metrics(self) -> str:
         """What the run had written of metrics.csv then; less if the file has been cut since."""
-        path = self.path.with_name(files.METRICS)
-        return path.read_bytes()[: self.state["metrics_bytes"]].decode() if path.is_file() else ""
+        path, size = self.path.with_name(files.METRICS), self.state["metrics_bytes"]
+        text = path.read_bytes()[:size] if path.is_file() else b""
+        if len(text) < size:
+            say(f"warning: {path} is shorter than it was: rows are missing")
+        return text.decode()
 
 
 def choose(wanted: bool | str | None, out_dir: Path) -> Found | None:
@@ -318,14 +321,16 @@ class Lock:
     """
 
     def __init__(self, folder: Path):
-        """Raises ValueError that names the holder if there is one."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Raises ValueError that names the holder if there is one, or says that nothing can be written."""
         self.path = folder / files.LOCK
-        self._file = self._taken()
-        self._file.truncate(0)
-        holder = {"pid": os.getpid(), "host": socket.gethostname()}
-        self._file.write(json.dumps(holder) + "\n")
-        self._file.flush()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = self._taken()
+            self._file.truncate(0)
+            self._file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise ValueError(f"{folder} cannot be written to ({error.strerror}); name another --out_dir") from error
 
     def _taken(self) -> IO[str]:
         while True:
