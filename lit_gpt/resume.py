@@ -57,12 +57,11 @@ def restore(state: Mapping[str, Any], fabric: "Fabric", model: "Module", optimiz
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(state["weights"][name])
+    groups, saved_groups = (state["param_groups"] for state in (optimizer.state_dict(), state["optimizer"]))
+    if [group.keys() for group in groups] != [group.keys() for group in saved_groups]:
+        raise ValueError("the saved state is of another --optimizer, and its moments are of no use to this one")
     # Copied: what stays mapped would keep the file's space on the disk after the file is gone.
-    moments = tree_map_only(torch.Tensor, torch.clone, state["optimizer"])
-    try:
-        optimizer.load_state_dict(moments)
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"the saved state is of another --optimizer ({error})") from error
+    optimizer.load_state_dict(tree_map_only(torch.Tensor, torch.clone, state["optimizer"]))
     fabric.strategy.precision.load_state_dict(state["scaler"])
     if fabric.global_rank < len(state["random"]):
         _set_random_states(fabric, state["random"][fabric.global_rank])
@@ -143,18 +142,19 @@ def find(where: Path) -> Found | None:
     Raises ValueError if none of those that there are is whole.
     """
     candidates = [where] if where.is_file() else list(files.numbered(where, files.state_name).values())
-    notes: list[str] = []
+    problems: list[str] = []
     for path in reversed(candidates):
         try:
-            found = Found(path, files.load_sealed(path), notes)
+            found = Found(path, files.load_sealed(path), problems)
         except ValueError as error:
-            notes.append(f"warning: {error}")
+            problems.append(f"warning: {error}")
             continue
-        if notes:
-            notes.append(f"going on from {path.name}; the steps after it are lost and are taken again")
+        if problems:
+            steps = f"steps {found.state['run']['step'] + 1} to {max(files.numbered(where, files.state_name))}"
+            problems.append(f"going on from {path.name}; {steps} are lost and taken again")
         return found
-    if notes:
-        raise ValueError("; ".join(notes).replace("warning: ", ""))
+    if problems:
+        raise ValueError("; ".join(problem.removeprefix("warning: ") for problem in problems))
     return None
 
 

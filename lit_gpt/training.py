@@ -194,6 +194,7 @@ class Run:
     step: int = 0
     iteration: int = 0  # micro-batches of one device
     tokens: int = 0
+    learning_rate: float = 0.0  # of the last step
     loss: float = float("nan")
     val_loss: float = float("nan")
     best_val_loss: float = float("inf")
@@ -277,7 +278,7 @@ def fit(
                 "iteration": run.iteration,
                 "epoch": (run.step - 1) // steps_per_epoch(n_rows, train),
                 "tokens": run.tokens,
-                "learning_rate": learning_rate(run.step - 1, n_steps, train),
+                "learning_rate": run.learning_rate,
                 "tokens_per_s": round((run.tokens - run.logged_tokens) / (run.seconds - run.logged_seconds), 1),
             }
             if run.unlogged:  # not all were skipped
@@ -304,8 +305,9 @@ def fit(
             batches = list(micro_batches(train_data, rows[fabric.global_rank :: fabric.world_size], train))
             if not batches:  # fewer rows than devices in the last step of an epoch: take part, and ask nothing
                 batches = [train_data.batch(rows[:1], packing=train.packing).unlabelled()]
+            run.learning_rate = learning_rate(run.step, n_steps, train)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(run.step, n_steps, train)
+                group["lr"] = run.learning_rate
             taken.append(train_step(fabric, model, optimizer, batches, train.max_norm, guarded=guarded))
             run.step += 1
             run.iteration += len(batches)

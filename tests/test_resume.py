@@ -1,11 +1,15 @@
 """Exact resume: what was interrupted ends as if it had not been, and what could not is refused and says why."""
 
+import copy
 import csv
 import gc
 import json
 import os
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,12 +18,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import load_script, run_script
+from conftest import ROOT, load_script, run_script
 
-from lit_gpt import checkpoint, files, resume
+from lit_gpt import checkpoint, files, lora, resume, runtime
 from lit_gpt.args import EvalArgs, TrainArgs
+from lit_gpt.data import PreparedSet
+from lit_gpt.training import step_rows, train_step
 
-TRAIN = {"learning_rate": 1e-2, "global_batch_size": 4, "micro_batch_size": 2, "epochs": 6, "save_interval": 4}
+TRAIN = {"learning_rate": 1e-2, "global_batch_size": 4, "micro_batch_size": 2, "epochs": 3, "save_interval": 3}
 
 
 @pytest.fixture(autouse=True)
@@ -77,13 +83,13 @@ def train(script: str, out: Path, stories: Path, prepared: Path, *, stop: int = 
 
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "dropout and packing": ("lora", {}),
-    "padding, sparse rows, best kept": ("lora", {"packing": False, "log_interval": 3, "keep_best": True}),
     "4-bit base in mixed precision": ("lora", {"quantize": "bnb.nf4", "precision": "bf16-mixed"}),
-    "scaled losses": ("lora", {"precision": "16-mixed"}),
-    "every weight": ("full", {}),
     "every weight, 8-bit moments": ("full", {"optimizer": "adamw-8bit", "learning_rate": 1e-3}),
 }
 SLOW_WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "padding, sparse rows, best kept": ("lora", {"packing": False, "log_interval": 3, "keep_best": True}),
+    "scaled losses": ("lora", {"precision": "16-mixed"}),
+    "every weight": ("full", {}),
     "double quantization, bf16": ("lora", {"quantize": "bnb.nf4-dq+head", "precision": "bf16-true"}),
     "8-bit base": ("lora", {"quantize": "bnb.int8"}),
     "every weight in bf16, 8-bit moments": ("full", {"optimizer": "adamw-8bit", "precision": "bf16-true"}),
@@ -99,20 +105,320 @@ ALL_WAYS = {**WAYS, **SLOW_WAYS}
 
 
 @pytest.mark.parametrize("way", [*WAYS, *(pytest.param(way, marks=pytest.mark.slow) for way in SLOW_WAYS)])
-def test_a_run_that_was_stopped_twice_ends_as_if_it_had_not_been(
+def test_a_stopped_run_ends_as_if_it_had_not_been(
     way: str, stories: Path, prepared: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     script, how = ALL_WAYS[way]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert train(script, whole, stories, prepared, **how) == 0
-    assert train(script, cut, stories, prepared, **how, stop=3) == 128 + signal.SIGTERM
-    said = capfd.readouterr().err
-    assert "--resume true" in said.splitlines()[-1]
-    step = max(files.numbered(cut, files.state_name))
-    assert f"stopped after step {step} of 24" in said
-    assert train(script, cut, stories, prepared, **how, resume=True, stop=len(rows(cut)) + 3) == 128 + signal.SIGTERM
-    assert step < max(files.numbered(cut, files.state_name)) < 24
-    assert train(script, cut, stories, prepared, **how, resume="auto") == 0
+    assert train(script, cut, stories, prepared, **how, stop=4) == 128 + signal.SIGTERM
+    said = capfd.readouterr().err.splitlines()
+    assert f"stopped after step {max(files.numbered(cut, files.state_name))} of 12" in said[-2]
+    assert said[-1].endswith("--resume true")
+    assert len(rows(cut)) < len(rows(whole))
+    assert train(script, cut, stories, prepared, **how, resume=True) == 0
     assert same(weights(cut), weights(whole))
     assert rows(cut) == rows(whole)
-    assert sorted(path.name for path in cut.iterdir()) == sorted(path.name for path in whole.iterdir())
+    assert files.numbered(cut, files.state_name) == {}
+    assert files.numbered(cut, files.periodic_name).keys() == files.numbered(whole, files.periodic_name).keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_two_processes_stop_together_and_end_as_if_they_had_not(
+    number: int, stories: Path, prepared: Path, tmp_path: Path
+) -> None:
+    """The signal reaches only the first, as a scheduler's does."""
+    flags = [
+        *("--data_dir", prepared, "--checkpoint_dir", stories, "--precision", "32-true", "--devices", 2, "--resume"),
+        *(
+            "auto",
+            "--lora_dropout",
+            0.1,
+            "--train.learning_rate",
+            0.01,
+            "--train.global_batch_size",
+            7,
+            "--train.epochs",
+        ),
+        *(30, "--train.micro_batch_size", 2, "--eval.max_new_tokens", 0, "--eval.interval", 11),
+    ]
+    run_script("finetune/lora", *flags, "--out_dir", tmp_path / "whole")
+    cut = tmp_path / "cut"
+    command = [sys.executable, str(ROOT / "finetune/lora.py"), *map(str, flags), "--out_dir", str(cut)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    while not (cut / "metrics.csv").exists() or len(rows(cut)) < 5:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, said
+    assert "stopped after step" in said
+    run_script("finetune/lora", *flags, "--out_dir", cut)
+    assert same(weights(cut), weights(tmp_path / "whole"))
+    assert rows(cut) == rows(tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def unfinished(stories: Path, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was stopped; to be copied, not used."""
+    out = tmp_path_factory.mktemp("unfinished") / "out"
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    assert train("lora", out, stories, prepared, stop=7, keep_last=0) == 128 + signal.SIGTERM
+    signal.signal(signal.SIGTERM, before)
+    return out
+
+
+@pytest.fixture
+def out(unfinished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(unfinished, tmp_path / "out"))
+
+
+@pytest.fixture(scope="module")
+def whole(stories: Path, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that every run of these settings has to end with."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    train("lora", out, stories, prepared)
+    return out
+
+
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "rate": ({"learning_rate": 0.02}, "--train.learning_rate is 0.02 and was 0.01"),
+    "rank": ({"lora_r": 4}, "--lora_r is 4 and was 8"),
+    "seed and steps": ({"seed": 1, "max_steps": 9}, "--train.max_steps is 9 and was None; --seed is 1 and was 1337"),
+    "precision": ({"precision": "bf16-true"}, "--precision is bf16-true and was 32-true"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_setting_that_would_change_the_result_is_refused_by_name(
+    change: str, out: Path, stories: Path, prepared: Path
+) -> None:
+    how, message = CHANGES[change]
+    before = sorted(out.iterdir())
+    with pytest.raises(ValueError, match=f"saved with other settings.*: .*{message}.*--resume_override true"):
+        train("lora", out, stories, prepared, resume=True, **how)
+    assert {*before, out / files.LOCK} >= set(out.iterdir()) >= {*before}
+
+
+def test_other_folders_with_the_same_content_are_taken(
+    out: Path, whole: Path, stories: Path, prepared: Path, tmp_path: Path
+) -> None:
+    data, base = (Path(shutil.copytree(old, tmp_path / new)) for old, new in ((prepared, "data"), (stories, "base")))
+    train("lora", out, base, data, resume=True, save_interval=5, eval=EvalArgs(max_new_tokens=0))
+    assert same(weights(out), weights(whole))
+
+
+def test_other_data_and_another_base_are_refused(out: Path, stories: Path, prepared: Path, tmp_path: Path) -> None:
+    data, base = (Path(shutil.copytree(old, tmp_path / new)) for old, new in ((prepared, "data"), (stories, "base")))
+    tokens = files.load_dict(data / "train.pt")
+    files.save(data / "train.pt", {**tokens, "tokens": tokens["tokens"].flip(0)})
+    with pytest.raises(ValueError, match="other settings.*: --data_dir holds another training set than it did"):
+        train("lora", out, stories, data, resume=True)
+    model = files.load_dict(base / files.LIT_MODEL)
+    files.save(base / files.LIT_MODEL, {name: 2 * weight for name, weight in model.items()})
+    with pytest.raises(ValueError, match="other settings.*: --checkpoint_dir holds another base than it did"):
+        train("lora", out, base, prepared, resume=True)
+
+
+def test_override_continues_with_other_settings(out: Path, stories: Path, prepared: Path) -> None:
+    step = max(files.numbered(out, files.state_name))
+    train("lora", out, stories, prepared, resume=True, resume_override=True, learning_rate=0.1, max_steps=10)
+    rates = {int(row["step"]): float(row["learning_rate"]) for row in rows(out) if row["learning_rate"]}
+    assert max(rates) == 10
+    assert rates[step] <= 0.01 < rates[step + 1]
+
+
+def test_override_cannot_change_what_is_trained(out: Path, stories: Path, prepared: Path) -> None:
+    with pytest.raises(ValueError, match="of another model, which differs in .*lora_A"):
+        train("lora", out, stories, prepared, resume=True, resume_override=True, lora_r=4)
+    with pytest.raises(ValueError, match="of another --optimizer"):
+        train("lora", out, stories, prepared, resume=True, resume_override=True, optimizer="sgd")
+
+
+# --- which state -----------------------------------------------------------------------------------------------------
+
+
+def test_a_file_cut_at_any_sixteenth_is_passed_over(out: Path) -> None:
+    *_, before, newest = files.numbered(out, files.state_name).values()
+    content = newest.read_bytes()
+    for part in range(16):
+        newest.write_bytes(content[: len(content) * part // 16])
+        found = resume.find(out)
+        assert found is not None
+        assert found.path == before
+        assert f"{newest} is damaged" in found.notes[0]
+    newest.write_bytes(content)
+    assert resume.find(out).path == newest  # type: ignore[union-attr]
+
+
+def test_a_flipped_bit_is_found_wherever_it_is(out: Path) -> None:
+    *_, newest = files.numbered(out, files.state_name).values()
+    content = bytearray(newest.read_bytes())
+    for index in range(0, len(content), len(content) // 200):
+        content[index] ^= 1 << index % 8
+        newest.write_bytes(content)
+        with pytest.raises(ValueError, match="damaged"):
+            files.load_sealed(newest)
+        content[index] ^= 1 << index % 8
+
+
+def test_where_the_newest_state_is_damaged_the_one_before_is_used_and_the_loss_is_said(
+    out: Path, whole: Path, stories: Path, prepared: Path, capfd: pytest.CaptureFixture
+) -> None:
+    *_, before, newest = files.numbered(out, files.state_name)
+    damaged = out / files.state_name(newest)
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    assert train("lora", out, stories, prepared, resume=True) == 0
+    said = capfd.readouterr().err
+    assert f"{damaged} is damaged" in said
+    assert f"going on from {files.state_name(before)}; steps {before + 1} to {newest} are lost and taken again" in said
+    assert same(weights(out), weights(whole))
+    assert rows(out) == rows(whole)
+
+
+def test_nothing_is_begun_anew_where_all_states_are_damaged(out: Path, stories: Path, prepared: Path) -> None:
+    for path in files.numbered(out, files.state_name).values():
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="step-000003-state.pth is damaged"):
+        train("lora", out, stories, prepared, resume="auto")
+
+
+def test_a_state_that_holds_code_is_refused(out: Path, tmp_path: Path) -> None:
+    path = out / files.state_name(99)
+    files.save(path, {"settings": os.system}, sealed=True)
+    with pytest.raises(ValueError, match="could run code"):
+        files.load_sealed(path)
+
+
+def test_a_run_begins_continues_and_is_over(
+    out: Path, whole: Path, stories: Path, prepared: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(ValueError, match=r"unfinished run, saved at step \d+: continue it with --resume true"):
+        train("lora", out, stories, prepared)
+    assert train("lora", out, stories, prepared, resume=out) == 0
+    assert same(weights(out), weights(whole))
+
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    for finished in (True, "auto"):
+        assert train("lora", out, stories, prepared, resume=finished) == 0
+        assert "is finished: there is nothing to do" in capfd.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+    new = tmp_path / "new"
+    with pytest.raises(ValueError, match="holds no training state to continue"):
+        train("lora", new, stories, prepared, resume=True)
+    with pytest.raises(ValueError, match="nowhere is not there"):
+        train("lora", new, stories, prepared, resume="nowhere")
+
+
+def test_one_of_the_states_may_be_named_from_another_folder_too(
+    out: Path, whole: Path, stories: Path, prepared: Path, tmp_path: Path
+) -> None:
+    state = next(iter(files.numbered(out, files.state_name).values()))
+    assert train("lora", tmp_path / "branch", stories, prepared, resume=state) == 0
+    assert same(weights(tmp_path / "branch"), weights(whole))
+    assert rows(tmp_path / "branch") == rows(whole)
+    with pytest.raises(ValueError, match="unfinished run"):
+        train("lora", out, stories, prepared, resume=whole)
+    assert train("lora", out, stories, prepared, resume=False) == 0
+    assert rows(out) == rows(whole)
+
+
+def test_the_last_checkpoints_and_the_best_are_kept(stories: Path, prepared: Path, tmp_path: Path) -> None:
+    how = {"save_interval": 2, "keep_last": 3, "keep_best": True, "learning_rate": 0.1}
+    train("lora", tmp_path, stories, prepared, **how, eval=EvalArgs(interval=1, max_new_tokens=0))
+    losses = {int(row["step"]): float(row["val_loss"]) for row in rows(tmp_path) if row["val_loss"]}
+    losses[12] = json.loads((tmp_path / files.REPORT).read_text())["val_loss"]
+    best = checkpoint.Adapter.load(tmp_path / files.BEST)
+    assert best.step == min(losses, key=lambda step: losses[step]) < 12
+    assert [checkpoint.Adapter.load(path).step for path in sorted(tmp_path.glob("iter-*"))] == [6, 8, 10]
+
+
+# --- who may write ---------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_into_the_folder_is_refused_and_a_stale_lock_is_not(
+    stories: Path, prepared: Path, tmp_path: Path
+) -> None:
+    lock = resume.Lock(tmp_path)
+    with pytest.raises(ValueError, match=f"written to by another run: process {os.getpid()} on {socket.gethostname()}"):
+        train("lora", tmp_path, stories, prepared)
+    assert [path.name for path in tmp_path.iterdir()] == [files.LOCK]
+    text = lock.path.read_text()
+    lock.release()
+    (tmp_path / files.LOCK).write_text(text)  # as one who was killed leaves it
+    (tmp_path / ".metrics.csv.1.tmp").write_text("half")
+    assert train("lora", tmp_path, stories, prepared) == 0
+    assert not {files.LOCK, ".metrics.csv.1.tmp"} & {path.name for path in tmp_path.iterdir()}
+
+
+# --- numbers that are none -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def poisoned(stories: Path, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
+    """A model that has no finite loss where one rare token stands, and the training rows in which it does."""
+    data = PreparedSet(prepared / "train.pt", mask_inputs=True, max_length=512)
+    holders: dict[int, set[int]] = {}
+    for index in range(len(data)):
+        for token in data.row(index)[0].tolist():
+            holders.setdefault(token, set()).add(index)
+    token, those = min(holders.items(), key=lambda item: (len(item[1]), item[0]))
+    folder = tmp_path_factory.mktemp("poisoned")
+    model = checkpoint.load_model(stories, torch.float32)
+    model.config.tie_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)
+    model.transformer.wte.weight = torch.nn.Parameter(model.transformer.wte.weight.clone(), requires_grad=False)
+    model.transformer.wte.weight[token] = float("inf")
+    checkpoint.save_model(folder / files.LIT_MODEL, model, stories, "alpaca")
+    return folder, sorted(those)
+
+
+def test_a_loss_that_is_no_number_stops_with_step_rows_and_last_checkpoint(
+    poisoned: tuple[Path, list[int]], prepared: Path, tmp_path: Path
+) -> None:
+    base, bad = poisoned
+    args = TrainArgs(**TRAIN)
+    order = list(step_rows(15, args, seed=1337))
+    step = next(index for index, batch in enumerate(order) if {*batch} & {*bad}) + 1
+    named = ", ".join(str(row) for row in order[step - 1] if row in bad)
+    left = f"The last good checkpoint is .*{files.state_name(step - 1)}.*--resume true --train.on_nan skip"
+    message = rf"step {step}: the loss is nan; it comes from training rows? {named} of .*train.pt \(the answer begins"
+    with pytest.raises(ValueError, match=message + (f".*{left}" if step > 1 else ".*Nothing had been saved")):
+        train("lora", tmp_path, base, prepared, save_interval=1, eval=EvalArgs(max_new_tokens=0))
+    if step > 1:
+        state = files.load_sealed(tmp_path / files.state_name(step - 1))
+        assert all(weight.isfinite().all() for weight in state["weights"].values())
+
+
+def test_or_the_step_is_skipped(
+    poisoned: tuple[Path, list[int]], prepared: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    base, bad = poisoned
+    how = {"on_nan": "skip", "global_batch_size": 2, "eval": EvalArgs(max_new_tokens=0)}
+    assert train("lora", tmp_path, base, prepared, **how) == 0
+    order = list(step_rows(15, TrainArgs(global_batch_size=2, epochs=3), seed=1337))
+    expected = [step for step, batch in enumerate(order, start=1) if {*batch} & {*bad}]
+    assert [int(row["step"]) for row in rows(tmp_path) if not row["loss"]] == expected
+    assert all(weight.isfinite().all() for weight in weights(tmp_path).values())
+    assert capfd.readouterr().err.count("; skipped") == len(expected)
+
+
+def test_a_step_that_must_not_be_taken_leaves_weights_and_moments_alone(
+    poisoned: tuple[Path, list[int]], prepared: Path
+) -> None:
+    base, bad = poisoned
+    fabric = runtime.launch(runtime.resolve_precision("32-true", training=True))
+    model = checkpoint.load_model(base, torch.float32)
+    lora.attach(model, lora.LoRASettings())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    data = PreparedSet(prepared / "train.pt", mask_inputs=True, max_length=512)
+    wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
+    good, broken = (data.batch([row], packing=True) for row in (min({*range(15)} - {*bad}), bad[0]))
+    train_step(fabric, wrapped, wrapped_optimizer, [good], 1.0, guarded=True)
+    before = copy.deepcopy((lora.adapter_state(model), optimizer.state_dict()["state"]))
+    result = train_step(fabric, wrapped, wrapped_optimizer, [good, broken], 1.0, guarded=True)
+    assert not result.loss.isfinite()
+    torch.testing.assert_close((lora.adapter_state(model), optimizer.state_dict()["state"]), before, rtol=0, atol=0)
+    train_step(fabric, wrapped, wrapped_optimizer, [good], 1.0, guarded=True)
+    assert not same(lora.adapter_state(model), before[0])
