@@ -28,7 +28,7 @@ def main(
     devices: int = 1,
     num_nodes: int = 1,
     seed: int = 1337,
-    resume: bool | Path | str | None = None,
+    resume: bool | str | None = None,
     resume_override: bool = False,
 ) -> None:
     """Fine-tune a model with LoRA.

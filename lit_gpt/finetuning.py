@@ -66,6 +66,14 @@ class Job:
             raise ValueError(
                 f"no training row has an answer within {self.max_length} tokens: raise --train.max_seq_length"
             )
+        self.n_steps = total_steps(len(self.train_data), train)
+        if is_first_process():
+            self._lock = resume.Lock(out_dir)
+            weakref.finalize(self, self._lock.release)
+            resume.sweep(out_dir)
+        self.found = resume.choose(where, out_dir)
+        if self.found is not None:
+            self._compare(self.found, override)
         self.longest_rows = self.train_data.longest(train.micro_batch_size)
         self.memory = memory.Setting(
             PRECISIONS[settings["precision"]],
@@ -77,14 +85,6 @@ class Job:
             device_of_this_machine().type,
         )
         self.plan = memory.plan_training(config, self.memory)
-        self.n_steps = total_steps(len(self.train_data), train)
-        if is_first_process():
-            self._lock = resume.Lock(out_dir)
-            weakref.finalize(self, self._lock.release)
-            resume.sweep(out_dir)
-        self.found = resume.choose(where, out_dir)
-        if self.found is not None:
-            self._compare(self.found, override)
 
     @cached_property
     def base_fingerprint(self) -> str:

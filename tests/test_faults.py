@@ -1,6 +1,6 @@
 """Faults on purpose: kills at random moments, full and read-only disks, and a soak; `make test-faults` runs them.
 
-The kills are real ones. Runs are forked from a process that has imported everything already, so that sixty take minutes.
+The kills are real ones. Runs are forked from a process that has imported everything already, which saves minutes.
 """
 
 import contextlib
@@ -286,10 +286,9 @@ def test_two_thousand_steps_leave_memory_and_files_as_they_were(stories: Path, p
     steady = torch.tensor([sample for sample in samples if 500 <= sample[0] < 2000], dtype=torch.float64)
     step, megabytes, n_files = steady.T
     slope = float(torch.linalg.lstsq(torch.stack((step, torch.ones_like(step)), 1), megabytes[:, None]).solution[0])
-    print(
-        f"{len(steady)} samples; {megabytes.min():.1f} to {megabytes.max():.1f} MB, {1000 * slope:+.2f} MB per 1,000 steps"
-    )
+    least, most = float(megabytes.min()), float(megabytes.max())
+    print(f"{len(steady)} samples; {least:.1f} to {most:.1f} MB, {1000 * slope:+.2f} MB per 1,000 steps")
     assert len(steady) > 20
     assert n_files.min() == n_files.max()
     assert 1000 * slope < 2.0
-    assert megabytes.max() - megabytes.min() < 5.0
+    assert most - least < 5.0

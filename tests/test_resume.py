@@ -84,12 +84,10 @@ def train(script: str, out: Path, stories: Path, prepared: Path, *, stop: int = 
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "dropout and packing": ("lora", {}),
     "4-bit base in mixed precision": ("lora", {"quantize": "bnb.nf4", "precision": "bf16-mixed"}),
-    "every weight, 8-bit moments": ("full", {"optimizer": "adamw-8bit", "learning_rate": 1e-3}),
-}
-SLOW_WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "padding, sparse rows, best kept": ("lora", {"packing": False, "log_interval": 3, "keep_best": True}),
     "scaled losses": ("lora", {"precision": "16-mixed"}),
     "every weight": ("full", {}),
+    "every weight, 8-bit moments": ("full", {"optimizer": "adamw-8bit", "learning_rate": 1e-3}),
     "double quantization, bf16": ("lora", {"quantize": "bnb.nf4-dq", "precision": "bf16-true"}),
     "8-bit base": ("lora", {"quantize": "bnb.int8"}),
     "every weight in bf16, 8-bit moments": ("full", {"optimizer": "adamw-8bit", "precision": "bf16-true"}),
@@ -101,14 +99,14 @@ SLOW_WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "one row at a time": ("lora", {"micro_batch_size": 1}),
     "skipping": ("lora", {"on_nan": "skip", "log_interval": 4}),
 }
-ALL_WAYS = {**WAYS, **SLOW_WAYS}
 
 
-@pytest.mark.parametrize("way", [*WAYS, *(pytest.param(way, marks=pytest.mark.slow) for way in SLOW_WAYS)])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
 def test_a_stopped_run_ends_as_if_it_had_not_been(
     way: str, stories: Path, prepared: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    script, how = ALL_WAYS[way]
+    script, how = WAYS[way]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert train(script, whole, stories, prepared, **how) == 0
     assert train(script, cut, stories, prepared, **how, stop=4) == 128 + signal.SIGTERM
@@ -200,12 +198,20 @@ def test_a_setting_that_would_change_the_result_is_refused_by_name(
     assert {*before, out / files.LOCK} >= set(out.iterdir()) >= {*before}
 
 
-def test_other_folders_with_the_same_content_are_taken(
-    out: Path, whole: Path, stories: Path, prepared: Path, tmp_path: Path
+def test_a_stopped_run_goes_on_exactly_whatever_else_has_moved_or_does_not_matter(
+    out: Path, whole: Path, stories: Path, prepared: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
+    """Dropout and packing are on."""
     data, base = (Path(shutil.copytree(old, tmp_path / new)) for old, new in ((prepared, "data"), (stories, "base")))
-    train("lora", out, base, data, resume=True, save_interval=5, eval=EvalArgs(max_new_tokens=0))
+    how = {"save_interval": 5, "keep_best": True, "activation_checkpointing": True}
+    assert train("lora", out, base, data, resume="auto", **how) == 0
     assert same(weights(out), weights(whole))
+    assert rows(out) == rows(whole)
+
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert train("lora", out, stories, prepared, resume=True) == 0
+    assert "is finished: there is nothing to do" in capfd.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
 def test_other_data_and_another_base_are_refused(out: Path, stories: Path, prepared: Path, tmp_path: Path) -> None:
@@ -276,11 +282,11 @@ def test_where_the_newest_state_is_damaged_the_one_before_is_used_and_the_loss_i
     assert rows(out) == rows(whole)
 
 
-def test_nothing_is_begun_anew_where_all_states_are_damaged(out: Path, stories: Path, prepared: Path) -> None:
+def test_nothing_is_begun_anew_where_all_states_are_damaged(out: Path) -> None:
     for path in files.numbered(out, files.state_name).values():
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="step-000003-state.pth is damaged"):
-        train("lora", out, stories, prepared, resume="auto")
+        resume.choose("auto", out)
 
 
 def test_a_state_that_holds_code_is_refused(out: Path, tmp_path: Path) -> None:
@@ -290,38 +296,36 @@ def test_a_state_that_holds_code_is_refused(out: Path, tmp_path: Path) -> None:
         files.load_sealed(path)
 
 
-def test_a_run_begins_continues_and_is_over(
-    out: Path, whole: Path, stories: Path, prepared: Path, tmp_path: Path, capfd: pytest.CaptureFixture
-) -> None:
-    with pytest.raises(ValueError, match=r"unfinished run, saved at step \d+: continue it with --resume true"):
-        train("lora", out, stories, prepared)
-    assert train("lora", out, stories, prepared, resume=out) == 0
-    assert same(weights(out), weights(whole))
-
-    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    for finished in (True, "auto"):
-        assert train("lora", out, stories, prepared, resume=finished) == 0
-        assert "is finished: there is nothing to do" in capfd.readouterr().err
-    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
-
-    new = tmp_path / "new"
-    with pytest.raises(ValueError, match="holds no training state to continue"):
-        train("lora", new, stories, prepared, resume=True)
-    with pytest.raises(ValueError, match="nowhere is not there"):
-        train("lora", new, stories, prepared, resume="nowhere")
-
-
-def test_one_of_the_states_may_be_named_from_another_folder_too(
+def test_one_of_the_states_may_be_named_for_another_folder_too(
     out: Path, whole: Path, stories: Path, prepared: Path, tmp_path: Path
 ) -> None:
     state = next(iter(files.numbered(out, files.state_name).values()))
-    assert train("lora", tmp_path / "branch", stories, prepared, resume=state) == 0
+    assert train("lora", tmp_path / "branch", stories, prepared, resume=str(state)) == 0
     assert same(weights(tmp_path / "branch"), weights(whole))
     assert rows(tmp_path / "branch") == rows(whole)
-    with pytest.raises(ValueError, match="unfinished run"):
-        train("lora", out, stories, prepared, resume=whole)
-    assert train("lora", out, stories, prepared, resume=False) == 0
-    assert rows(out) == rows(whole)
+
+
+def test_what_each_value_of_the_flag_chooses(out: Path, whole: Path, tmp_path: Path) -> None:
+    first, *_, newest = files.numbered(out, files.state_name).values()
+    for wanted, path in {True: newest, "auto": newest, str(out): newest, str(first): first}.items():
+        found = resume.choose(wanted, out)
+        assert found is not None
+        assert found.path == path
+    assert resume.choose(False, out) is None
+    for lost in (None, str(whole)):
+        with pytest.raises(ValueError, match=r"unfinished run, saved at step \d+: continue it with --resume true"):
+            resume.choose(lost, out)
+    for finished in (True, "auto"):
+        with pytest.raises(SystemExit) as exit:
+            resume.choose(finished, whole)
+        assert not exit.value.code
+    assert resume.choose(None, whole) is None
+    new = tmp_path / "new"
+    assert resume.choose(None, new) is resume.choose("auto", new) is None
+    with pytest.raises(ValueError, match="holds no training state to continue; --resume auto begins anew"):
+        resume.choose(True, new)
+    with pytest.raises(ValueError, match="--resume nowhere is not there"):
+        resume.choose("nowhere", new)
 
 
 def test_the_last_checkpoints_and_the_best_are_kept(stories: Path, prepared: Path, tmp_path: Path) -> None:
@@ -346,10 +350,9 @@ def test_a_second_run_into_the_folder_is_refused_and_a_stale_lock_is_not(
     assert [path.name for path in tmp_path.iterdir()] == [files.LOCK]
     text = lock.path.read_text()
     lock.release()
-    (tmp_path / files.LOCK).write_text(text)  # as one who was killed leaves it
-    (tmp_path / ".metrics.csv.1.tmp").write_text("half")
-    assert train("lora", tmp_path, stories, prepared) == 0
-    assert not {files.LOCK, ".metrics.csv.1.tmp"} & {path.name for path in tmp_path.iterdir()}
+    assert not lock.path.exists()
+    lock.path.write_text(text)  # as one who was killed leaves it
+    resume.Lock(tmp_path).release()
 
 
 # --- numbers that are none -------------------------------------------------------------------------------------------
