@@ -20,7 +20,7 @@ import pytest
 import torch
 from conftest import ROOT, load_script, run_script
 
-from lit_gpt import checkpoint, files, lora, resume, runtime
+from lit_gpt import checkpoint, files, lora, optimizers, resume, runtime
 from lit_gpt.args import EvalArgs, TrainArgs
 from lit_gpt.data import PreparedSet
 from lit_gpt.training import step_rows, train_step
@@ -425,3 +425,22 @@ def test_a_step_that_must_not_be_taken_leaves_weights_and_moments_alone(
     torch.testing.assert_close((lora.adapter_state(model), optimizer.state_dict()["state"]), before, rtol=0, atol=0)
     train_step(fabric, wrapped, wrapped_optimizer, [good], 1.0, guarded=True)
     assert not same(lora.adapter_state(model), before[0])
+
+
+def test_a_gradient_that_overflows_when_scaled_costs_a_step_and_halves_the_scale(stories: Path, prepared: Path) -> None:
+    fabric = runtime.launch(runtime.resolve_precision("16-mixed", training=True))
+    model = checkpoint.load_model(stories, torch.float16, norm_dtype=torch.float32)
+    lora.attach(model, lora.LoRASettings())
+    optimizer = optimizers.resolve("adamw", scaled=True)(
+        [p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.0
+    )
+    wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
+    precision = fabric.strategy.precision
+    precision.load_state_dict({**precision.state_dict(), "scale": 2.0**40})
+    data = PreparedSet(prepared / "train.pt", mask_inputs=True, max_length=512)
+    before = lora.adapter_state(model)
+    result = train_step(fabric, wrapped, wrapped_optimizer, [data.batch([0], packing=True)], 1.0, guarded=True)
+    assert result.loss.isfinite()
+    assert not result.grad_norm.isfinite()
+    assert same(lora.adapter_state(model), before)
+    assert precision.state_dict()["scale"] == 2.0**39
