@@ -67,7 +67,8 @@ class Job:
                 f"no training row has an answer within {self.max_length} tokens: raise --train.max_seq_length"
             )
         self.n_steps = total_steps(len(self.train_data), train)
-        if is_first_process():
+        self.is_first = is_first_process(settings["devices"], settings["num_nodes"])
+        if self.is_first:
             self._lock = resume.Lock(out_dir)
             weakref.finalize(self, self._lock.release)
             resume.sweep(out_dir)
@@ -101,7 +102,7 @@ class Job:
                 f"{found.path} was saved with other settings, with which the result would be another: "
                 f"{'; '.join(changed)}. Put them back, or continue all the same with --resume_override true"
             )
-        if is_first_process():
+        if self.is_first:
             say(*found.notes, *(f"warning: {change}" for change in changed))
             say(f"continuing after step {found.state['run']['step']} of {self.n_steps} from {found.path}")
 
@@ -184,7 +185,7 @@ class Job:
             _, answer = self.train_data.prompt_and_answer(error.rows[0])
             begins = self.tokenizer.decode(answer)[:60].strip()
             problem = f"{error} of {self.train_data.path} (the answer begins {begins!r})"
-            keeper.stop(problem, "leave such steps out", " --train.on_nan skip")
+            keeper.stop(problem, "leave such steps out with --train.on_nan skip", " --train.on_nan skip")
         except OSError as error:
             keeper.stop(f"{self.out_dir} cannot be written to: {error}", "make room")
 

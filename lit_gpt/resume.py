@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
     from torch.optim import Optimizer
 
+VERSION = 1  # of what a training state holds
 # Settings that no weight and no later loss depends on; what the folders hold is compared instead of their names.
 HARMLESS = (
     *("out_dir", "data_dir", "checkpoint_dir", "activation_checkpointing", "eval."),
@@ -40,6 +41,7 @@ HARMLESS = (
 def snapshot(fabric: "Fabric", model: "Module", optimizer: "Optimizer") -> dict[str, Any]:
     """All that later steps depend on, besides the loop's own figures; every process has to take part."""
     return {
+        "version": VERSION,
         "weights": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
         "optimizer": optimizer.state_dict(),
         "scaler": fabric.strategy.precision.state_dict(),
@@ -146,6 +148,8 @@ def find(where: Path) -> Found | None:
     for path in reversed(candidates):
         try:
             found = Found(path, files.load_sealed(path), problems)
+            if found.state.get("version") != VERSION:
+                raise ValueError(f"{path} was written by another version of this project, whose states are not read")
         except ValueError as error:
             problems.append(f"warning: {error}")
             continue
@@ -263,7 +267,7 @@ class Keeper:
             sys.exit(0)  # another status, and Fabric kills the first process before it can say anything
         states = files.numbered(self.folder, files.state_name)
         if not states:
-            raise ValueError(f"{problem}. Nothing had been saved before; {remedy}{flags}")
+            raise ValueError(f"{problem}. Nothing had been saved before; {remedy}")
         last = states[max(states)]
         raise ValueError(f"{problem}. The last good checkpoint is {last}; {remedy} and continue: {command()}{flags}")
 

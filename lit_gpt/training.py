@@ -299,7 +299,7 @@ def fit(
             validate()
             metrics.write(step=0, iteration=0, epoch=0, tokens=0, val_loss=run.val_loss)
         for rows in step_rows(n_rows, train, seed, run.step):
-            if run.step == n_steps:
+            if run.step >= n_steps:
                 break
             started = time.perf_counter()
             batches = list(micro_batches(train_data, rows[fabric.global_rank :: fabric.world_size], train))
@@ -312,7 +312,7 @@ def fit(
             run.step += 1
             run.iteration += len(batches)
             run.tokens += train_data.n_tokens(rows)
-            ends = stopping()
+            ends = run.step < n_steps and stopping()
             saves = ends or (train.save_interval and (run.step % train.save_interval == 0 or run.step == n_steps))
             if saves or logs():
                 settle()
