@@ -1,6 +1,7 @@
 """Exact resume: what a training state holds, which one a run continues from, and who may write into its folder."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
