@@ -347,6 +347,10 @@ class Lock:
                 raise ValueError(
                     f"{self.path.parent} is being written to by another run: {_holder(file.read())}"
                 ) from None
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise
+                return file  # a disk that knows no locks: it is left to the user
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
                     return file
