@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING, Any, NoReturn
@@ -239,7 +239,7 @@ class Keeper:
         state = snapshot(self.fabric, self.model, self.optimizer)
 
         def write() -> None:
-            state.update(told, run=run.state(), metrics_bytes=metrics.flush())
+            state.update(told, run=asdict(run), metrics_bytes=metrics.flush())
             files.save(self.folder / files.state_name(run.step), state, sealed=True)
             if run.step < self.n_steps:
                 self.weights(self.folder / files.periodic_name(run.iteration), run)

@@ -3,8 +3,8 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -208,10 +208,6 @@ class Run:
     def tokens_per_s(self) -> float:
         return self.tokens / self.seconds if self.seconds else 0.0
 
-    def state(self) -> dict[str, Any]:
-        """For a file; `Run(**state)` is the run again."""
-        return asdict(self)
-
 
 def fit(
     fabric: "Fabric",
@@ -245,18 +241,18 @@ def fit(
 
         def settle() -> None:
             """Wait for the steps taken, and look whether their losses are numbers."""
-            first = run.step - len(taken)
             figures = [torch.stack((result.loss, result.grad_norm, result.n_labels)) for result in taken]
-            taken.clear()
-            for place, (loss, norm, n_labels) in enumerate(torch.stack(figures).tolist() if figures else ()):
+            read = torch.stack(figures).tolist() if figures else []
+            for step, (loss, norm, n_labels) in enumerate(read, start=run.step - len(taken) + 1):
                 if math.isfinite(loss) and (math.isfinite(norm) or is_scaled(fabric)):
-                    run.unlogged[first + place + 1] = (loss, norm, n_labels)
+                    run.unlogged[step] = (loss, norm, n_labels)
                     continue
-                rows = next(step_rows(n_rows, train, seed, first + place))
-                problem = Diverged(first + place + 1, loss, norm, rows_without_loss(fabric, model, train_data, rows))
+                rows = next(step_rows(n_rows, train, seed, step - 1))
+                problem = Diverged(step, loss, norm, rows_without_loss(fabric, model, train_data, rows))
                 if train.on_nan == "stop":
                     raise problem
                 progress.note(f"{problem}; skipped")
+            taken.clear()
 
         def validate() -> None:
             run.val_loss = evaluate(fabric, model, val_data, train, eval.max_iters)
