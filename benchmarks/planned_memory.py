@@ -1,6 +1,6 @@
-"""The planner against what five short runs of finetune/lora.py on this machine's CPU held at most.
+"""What each remedy against running out of memory saves, and the planner beside it: short runs on this machine's CPU.
 
-Usage: python benchmarks/planned_memory.py DATA.json   (after `make quickstart` has fetched the model; five minutes)
+Usage: python benchmarks/planned_memory.py DATA.json   (after `make quickstart` has fetched the model; six minutes)
 DATA.json holds rows with instruction, input and output, such as Alpaca's; they are cut to 512 tokens.
 """
 
@@ -14,13 +14,20 @@ from lit_gpt.report import table
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "checkpoints" / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
-ALL = "--lora_key true --lora_projection true --lora_mlp true"
-SETTINGS = (
-    "--precision bf16-mixed",
-    "--precision bf16-true --quantize bnb.nf4",
-    "--precision 32-true --train.micro_batch_size 2",
-    "--precision bf16-mixed --activation_checkpointing true",
-    f"--precision bf16-true --train.micro_batch_size 1 {ALL}",
+BASES = {"lora": "--precision bf16-mixed", "full": "--precision bf16-mixed --train.micro_batch_size 1"}
+REMEDIES = (
+    ("lora", ""),
+    ("lora", "--train.micro_batch_size 1"),
+    ("lora", "--train.max_seq_length 256"),
+    ("lora", "--precision bf16-true"),
+    ("lora", "--quantize bnb.nf4"),
+    ("lora", "--activation_checkpointing true"),
+    ("lora", "--train.micro_batch_size 1 --activation_checkpointing true --quantize bnb.nf4"),
+    ("lora", "--lora_key true --lora_projection true --lora_mlp true"),
+    ("lora", "--precision 32-true"),
+    ("full", ""),
+    ("full", "--optimizer adamw-8bit"),
+    ("full", "--optimizer sgd"),
 )
 
 
@@ -29,17 +36,19 @@ def script(name: str, flags: str) -> None:
 
 
 def main() -> None:
-    rows = [("setting", "planned GB", "measured GB", "ratio")]
+    rows = [("finetune/", "besides --precision bf16-mixed", "planned GB", "measured GB", "ratio")]
     with tempfile.TemporaryDirectory() as folder:
         data = f"--json_path {sys.argv[1]} --max_seq_length 512"
         script("scripts/prepare_json.py", f"{data} --destination_path {folder}/data --checkpoint_dir {MODEL}")
         run = f"--checkpoint_dir {MODEL} --data_dir {folder}/data --train.global_batch_size 8 --train.max_steps 3"
-        for number, setting in enumerate(SETTINGS):
+        for number, (name, remedy) in enumerate(REMEDIES):
             out = f"{folder}/{number}"
-            script("finetune/lora.py", f"{run} --out_dir {out} --eval.max_iters 2 --eval.max_new_tokens 0 {setting}")
+            flags = f"{run} --out_dir {out} --eval.final_validation false {BASES[name]} {remedy}"
+            script(f"finetune/{name}.py", flags)
             report = json.loads(Path(out, "report.json").read_text())
             planned, measured = report["planned_memory_gb"], report["peak_memory_gb"]
-            rows.append((setting, f"{planned:.2f}", f"{measured:.2f}", f"{planned / measured:.2f}"))
+            shown = f"{BASES[name]} {remedy}".removeprefix("--precision bf16-mixed").strip()
+            rows.append((f"{name}.py", shown, f"{planned:.2f}", f"{measured:.2f}", f"{planned / measured:.2f}"))
     print(table(rows))
 
 

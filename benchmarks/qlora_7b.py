@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lit_gpt import checkpoint, lora, quantization, runtime
+from lit_gpt import checkpoint, decoding, lora, quantization, runtime
 from lit_gpt.data import Batch
 from lit_gpt.generation import generate
 from lit_gpt.lora import LoRASettings
@@ -31,11 +31,11 @@ def main() -> None:
     print(f"loaded and quantized in {time.monotonic() - started:.1f} s, peak {peak_gb():.2f} GB", flush=True)
     if what == "generate":
         model.eval()
-        n_packed = quantization.pack_for_decoding(model)
+        decoding.lay_out(model)
         started = time.monotonic()
         n_tokens = len(list(generate(model, list(range(1, 33)), 32)))
         seconds = time.monotonic() - started
-        print(f"{n_packed} layers packed; {n_tokens} tokens in {seconds:.1f} s, peak {peak_gb():.2f} GB")
+        print(f"{n_tokens} tokens in {seconds:.1f} s, peak {peak_gb():.2f} GB")
         return
     lora.attach(model, LoRASettings())
     if what == "train-checkpointing":

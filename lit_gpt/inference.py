@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lit_gpt import checkpoint, quantization
+from lit_gpt import checkpoint, decoding, quantization
 from lit_gpt.checkpoint import Adapter
 from lit_gpt.generation import generate
 from lit_gpt.model import GPT
@@ -47,8 +47,8 @@ class Assistant:
             adapter.attach(self.model, checkpoint_dir, lora_path)
             self.prompt_style = adapter.prompt_style
         self.model.eval()
-        if self.precision.frozen == torch.bfloat16:
-            quantization.pack_for_decoding(self.model)  # this process only runs the model
+        if self.device.type == "cpu" and self.precision.frozen == torch.bfloat16:
+            decoding.lay_out(self.model)  # this process only runs the model
 
     def autocast(self) -> AbstractContextManager[object]:
         """What mixed precision needs around the model."""

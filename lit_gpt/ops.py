@@ -47,7 +47,9 @@ class Layout:
     length: int  # longest position + 1
     lengths: Sequence[int] | None = None
     cached: bool = False
+    ragged: bool = False  # the cached sequences differ in length
     _hidden: dict[tuple[int, torch.dtype], torch.Tensor] = field(default_factory=dict)
+    _beyond: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, tokens: torch.Tensor, lengths: Sequence[int] | None = None) -> "Layout":
@@ -65,6 +67,15 @@ class Layout:
             for length in self.lengths or (n,):
                 yield row, begin, length
                 begin += length
+
+    def beyond(self, window: int | None) -> torch.Tensor | None:
+        """Where queries must not look among the cached positions, (B, 1, T, S); None if nowhere. Made once."""
+        if self.positions.shape[1] == 1 and not self.ragged and (window is None or window >= self.length):
+            return None
+        if window not in self._beyond:
+            keys, at = torch.arange(self.length, device=self.positions.device), self.positions[:, None, :, None]
+            self._beyond[window] = keys > at if window is None else (keys > at) | (keys <= at - window)
+        return self._beyond[window]
 
     def hidden(self, n: int, dtype: torch.dtype) -> torch.Tensor:
         """What to add to the scores (n, n) of positions on one another: -inf above the diagonal. Made once."""
@@ -84,18 +95,27 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
     Under autocast a float32 x comes out rounded, as the linear layer that reads it would round it.
     """
-    y: torch.Tensor = _RMSNorm.apply(x, weight, eps, autocast_dtype(x) if x.dtype == torch.float32 else x.dtype)
+    dtype = autocast_dtype(x) if x.dtype == torch.float32 else x.dtype
+    if not torch.is_grad_enabled():
+        return _normed(x, weight, eps, dtype)[0]
+    y: torch.Tensor = _RMSNorm.apply(x, weight, eps, dtype)
     return y
+
+
+def _normed(x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result, and 1 / rms(x) (..., 1)."""
+    wide = x.float()
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    scale = torch.rsqrt(norm.square_() / x.shape[-1] + eps)
+    return (wide * scale).mul_(weight).to(dtype), scale
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, dtype):
-        wide = x.float()
-        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        scale = torch.rsqrt(norm.square_() / x.shape[-1] + eps)  # (..., 1)
+        y, scale = _normed(x, weight, eps, dtype)
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).mul_(weight).to(dtype)
+        return y
 
     @staticmethod
     def backward(ctx, grad):
@@ -137,7 +157,7 @@ class _GatedSilu(torch.autograd.Function):
 
 def gated(activation: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """activation(gate) * up; `activation` is a key of `ACTIVATIONS`."""
-    if activation == "silu":
+    if activation == "silu" and torch.is_grad_enabled():
         y: torch.Tensor = _GatedSilu.apply(gate, up)
         return y
     return ACTIVATIONS[activation](gate) * up
@@ -167,10 +187,7 @@ def attention(
     `window` positions are visible, the token's own included; `softcap` bounds the scores, c * tanh(s / c).
     """
     if layout.cached and q.shape[2] != k.shape[2]:
-        hidden = torch.arange(k.shape[2], device=q.device) > layout.positions[:, None, :, None]  # (B, 1, T, S)
-        if window is not None:
-            hidden |= torch.arange(k.shape[2], device=q.device) <= layout.positions[:, None, :, None] - window
-        return _masked(q, k, v, scale, hidden, softcap)
+        return _masked(q, k, v, scale, layout.beyond(window), softcap)
     lengths = layout.lengths or (q.shape[2],)
     slides = window is not None and window < max(lengths)
     # On CPUs torch's fused kernel gains little from bfloat16: up to about a thousand tokens plain products are faster.
@@ -261,16 +278,19 @@ class _BlockAttention(torch.autograd.Function):
 
 
 def _masked(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, hidden: torch.Tensor, softcap: float | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, hidden: torch.Tensor | None, softcap: float | None
 ) -> torch.Tensor:
-    """Plain products; `hidden` (T, S) or (B, 1, T, S) is True where a query must not look."""
+    """`hidden` (T, S) or (B, 1, T, S) is True where a query must not look."""
+    if softcap is None:
+        visible = None if hidden is None else ~hidden
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=True)
     batch, heads, n, size = q.shape
     groups = k.shape[1]
     q = q.reshape(batch, groups, heads // groups * n, size)  # heads of one group share their keys: one product
-    scores = (q @ k.transpose(2, 3) * scale).view(batch, heads, n, -1)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1, dtype=torch.float32).to(v.dtype)
+    scores = softcap * torch.tanh((q @ k.transpose(2, 3) * scale).view(batch, heads, n, -1) / softcap)
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, float("-inf"))
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype)
     return (weights.view(batch, groups, heads // groups * n, -1) @ v).view(batch, heads, n, -1)
 
 

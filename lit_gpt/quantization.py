@@ -302,8 +302,3 @@ def quantize_4bit(weight: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.
         flat = index.view(-1)
         codes[start * BLOCK // 2 : start * BLOCK // 2 + len(flat) // 2] = (flat[::2] << 4) | flat[1::2]
     return codes[:, None], absmax
-
-
-def pack_for_decoding(model: nn.Module) -> int:
-    """Lay out every 4-bit layer that can be for one-token decoding; returns how many."""
-    return sum(layer.pack() for layer in model.modules() if isinstance(layer, Linear4bit))

@@ -97,26 +97,30 @@ def frequencies(n: int, base: float, device: torch.device | None = None) -> torc
 def table(
     positions: torch.Tensor, n: int, base: float, scaling: dict[str, Any] | None, block_size: int, length: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin (B, 1, T, n), float32, for positions (B, T); both halves of the last axis are the same angles."""
+    """cos and sin (B, 1, T, n), float32, for positions (B, T), as `rotate` takes them.
+
+    Both halves of the last axis are the same angles; the first half of sin is negative.
+    """
     scaling = scaling or {}
     rule = SCALINGS[scaling.get("rope_type", "default")]
     inv_freq, factor = rule(frequencies(n, base, positions.device), base, scaling, block_size, length)
     angles = positions[:, None, :, None].float() * inv_freq
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos() * factor, angles.sin() * factor
+    cos, sin = angles.cos() * factor, angles.sin() * factor
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate the first n of the D numbers of each head; x is (B, H, T, D), cos and sin (B, 1, T, n) in x's dtype."""
     n = cos.shape[-1]
     turned = x[..., :n]
-    first, second = turned.chunk(2, dim=-1)
-    out = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    out = torch.addcmul(turned * cos, turned.roll(n // 2, -1), sin)
     return out if n == x.shape[-1] else torch.cat((out, x[..., n:]), dim=-1)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """As `rotate_reference`, keeping nothing for the way back, which is the rotation by the opposite angle."""
+    if not torch.is_grad_enabled():
+        return rotate_reference(x, cos, sin)
     y: torch.Tensor = _Rotate.apply(x, cos, sin)
     return y
 
@@ -127,7 +131,7 @@ class _Rotate(torch.autograd.Function):
         n, half = cos.shape[-1], cos.shape[-1] // 2
         out = torch.empty_like(x)  # in x's layout: tokens before heads, as they come from a linear layer
         torch.mul(x[..., :n], cos, out=out[..., :n])
-        out[..., :half].addcmul_(x[..., half:n], sin[..., :half], value=-sign)
+        out[..., :half].addcmul_(x[..., half:n], sin[..., :half], value=sign)
         out[..., half:n].addcmul_(x[..., :half], sin[..., half:], value=sign)
         out[..., n:] = x[..., n:]
         return out

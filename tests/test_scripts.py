@@ -15,7 +15,7 @@ from lit_gpt.checkpoint import Adapter
 
 # Losses of the first five steps on this data; they change only if the arithmetic, the order or the prompt does.
 GOLDEN: dict[str, list[float]] = {
-    "lora": [6.0782, 3.92423, 3.41066, 2.39131, 2.34154],
+    "lora": [6.0782, 3.92359, 3.39666, 2.36203, 2.33819],
     "full": [6.0782, 3.11477, 1.65088, 0.8414, 1.11638],
 }
 
@@ -130,7 +130,9 @@ def test_an_adapted_tied_head_merges_into_a_head_of_its_own(stories: Path, prepa
 
 @pytest.mark.parametrize("name", ["lora", "full"])
 def test_golden_losses(name: str, stories: Path, prepared: Path, tmp_path: Path) -> None:
+    """Without dropout: how it is drawn may change, the arithmetic may not."""
     load_script(f"finetune/{name}").main(
+        **({"lora_dropout": 0.0} if name == "lora" else {}),
         data_dir=prepared,
         checkpoint_dir=stories,
         out_dir=tmp_path,

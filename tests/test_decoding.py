@@ -1,0 +1,80 @@
+"""A model laid out for one-token steps says what it said before."""
+
+import pytest
+import torch
+from torch import nn
+
+from lit_gpt import decoding, kernels, quantization
+from lit_gpt.cache import KVCache
+from lit_gpt.config import Config
+from lit_gpt.generation import decode_step, prefill
+from lit_gpt.model import GPT
+from lit_gpt.surgery import swap
+
+needs_kernel = pytest.mark.skipif(kernels.few_tokens() is None, reason="no AVX512-BF16, or no C compiler")
+
+
+@needs_kernel
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["bnb.nf4", "bnb.nf4-dq", "bnb.fp4"])
+@pytest.mark.parametrize(("n", "k"), [(1, 64), (33, 192), (64, 1024)])
+@pytest.mark.parametrize("tokens", [1, 3, kernels.MOST_TOKENS])
+def test_few_tokens_are_multiplied_as_dequantizing_first_would(kind: str, n: int, k: int, tokens: int) -> None:
+    torch.manual_seed(0)
+    layer = quantization.quantize(torch.randn(n, k), kind)
+    assert isinstance(layer, quantization.Linear4bit)
+    assert decoding.FewTokensLinear4bit.fits(layer)
+    x = torch.randn(tokens, k).bfloat16()
+    expected = x.double() @ layer.dense(torch.float32).double().T
+    ours = decoding.FewTokensLinear4bit(layer)(x[None])
+    assert ours.shape == (1, tokens, n)
+    assert ours.dtype == torch.bfloat16
+    # Two roundings to 8 bits, of the levels and of the result: each 2 ** -9 of the terms at most.
+    bound = 2**-8 * (x.double().abs() @ layer.dense(torch.float32).double().abs().T)
+    assert ((ours[0].double() - expected).abs() <= bound).all()
+
+
+@needs_kernel
+@torch.no_grad()
+def test_a_layer_keeps_its_bias_and_larger_batches_take_the_other_way() -> None:
+    layer = quantization.quantize(torch.randn(8, 64), "bnb.nf4")
+    layer.bias = nn.Parameter(torch.randn(8).bfloat16(), requires_grad=False)
+    fast = decoding.FewTokensLinear4bit(layer)  # type: ignore[arg-type]
+    for tokens in (2, kernels.MOST_TOKENS + 1):
+        x = torch.randn(tokens, 64).bfloat16()
+        torch.testing.assert_close(fast(x), layer(x), atol=0.1, rtol=0.02)
+    x = torch.randn(2, 64)
+    assert torch.equal(fast(x), layer(x))  # in float32 nothing changes
+
+
+def test_rows_that_are_no_whole_blocks_do_not_fit() -> None:
+    layer = quantization.quantize(torch.randn(4, 96), "bnb.nf4")
+    assert not decoding.FewTokensLinear4bit.fits(layer)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [None, "bnb.nf4"])
+def test_the_laid_out_model_agrees(kind: str | None) -> None:
+    torch.manual_seed(1)
+    config = Config(family="llama", block_size=64, vocab_size=96, n_layer=2, n_head=4, n_query_groups=2, n_embd=64)
+    model = GPT(config).bfloat16().eval().requires_grad_(False)
+    if kind:
+        swap(
+            model,
+            lambda name, module: quantization.quantizable(name, module, kind),
+            lambda name, module: quantization.quantize(module.weight.detach(), kind),  # type: ignore[arg-type]
+        )
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
+
+    def run() -> torch.Tensor:
+        with torch.inference_mode():
+            outs = []
+            for batch in ([prompts[0]], prompts):
+                cache = KVCache(config.n_layer, len(batch), 16)
+                prefill(model, batch, cache, torch.device("cpu"))
+                outs.append(decode_step(model, torch.full((len(batch), 1), 9), cache))
+            return torch.cat(outs).float()
+
+    before = run()
+    decoding.lay_out(model)
+    assert not any(type(module) is nn.Linear for module in model.modules())
+    torch.testing.assert_close(run(), before, atol=0.03, rtol=0)  # bfloat16 logits of size 1: seen 0.008
