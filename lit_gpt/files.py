@@ -144,8 +144,11 @@ def save_streamed(path: Path, metas: Mapping[str, torch.Tensor], tensors: Iterab
     with FakeTensorMode():
         hollow = {name: torch.empty(meta.shape, dtype=meta.dtype) for name, meta in metas.items()}
     with atomically(path) as temporary:
-        with torch.serialization.skip_data(materialize_fake_tensors=True):
-            torch.save(hollow, temporary)
+        try:
+            with torch.serialization.skip_data(materialize_fake_tensors=True):
+                torch.save(hollow, temporary)
+        except RuntimeError as error:  # all that torch says of a disk that is full
+            raise OSError(f"{path} cannot be written, most likely for want of space ({error})") from error
         with zipfile.ZipFile(temporary) as archive:
             records = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
         waiting = {name: records[f"data/{index}"] for index, name in enumerate(hollow)}

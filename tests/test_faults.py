@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +191,26 @@ def test_a_full_disk_costs_no_checkpoint_and_the_message_helps(
     assert f"continuing after step {max(states)} of 16" in done.stderr
     run(command(tmp_path / "whole", stories, prepared, script=script), check=True)
     assert_same_end(out, tmp_path / "whole")
+
+
+def test_whatever_is_written_a_full_disk_is_an_oserror_and_the_old_file_stays(disk: Path) -> None:
+    metas = {"weight": torch.empty(1000, 1000, device="meta")}
+    writers: dict[str, Callable[[Path], None]] = {
+        "text": lambda path: files.save_text(path, "a" * 10**6),
+        "dict": lambda path: files.save(path, {"weight": torch.ones(10**6)}),
+        "streamed": lambda path: files.save_streamed(path, metas, [("weight", torch.ones(1000, 1000))]),
+    }
+    for room in (0, 512, 4096, 8192, 65536):
+        for name, write in writers.items():
+            (disk / name).write_text("old")
+            (disk / "pad").write_bytes(bytes(2**20 - 3 * 4096 - room))
+            with pytest.raises(OSError, match=r"space"):
+                write(disk / name)
+            assert (disk / name).read_text() == "old"
+            (disk / "pad").unlink()
+            assert sorted(path.name for path in disk.iterdir()) == sorted([*writers][: [*writers].index(name) + 1])
+        for name in writers:
+            (disk / name).unlink()
 
 
 def test_a_limit_to_the_size_of_files(stories: Path, prepared: Path, tmp_path: Path) -> None:
