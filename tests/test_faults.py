@@ -298,10 +298,11 @@ def test_two_thousand_steps_leave_memory_and_files_as_they_were(stories: Path, p
             time.sleep(0.2)
             with contextlib.suppress(OSError):  # it may have ended
                 step = (tmp_path / "metrics.csv").read_text().count("\n") - 1
-                pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                kilobytes = int(status.split("RssAnon:")[1].split()[0])  # pages of mapped files come and go
                 fds = [os.readlink(path) for path in Path(f"/proc/{process.pid}/fd").iterdir()]
                 open_files = sum(str(tmp_path) not in target for target in fds)  # but what is just being written
-                samples.append((step, pages * resource.getpagesize() / 1e6, open_files))
+                samples.append((step, kilobytes / 1e3, open_files))
         assert process.returncode == 0
     steady = torch.tensor([sample for sample in samples if 500 <= sample[0] < 2000], dtype=torch.float64)
     step, megabytes, n_files = steady.T
