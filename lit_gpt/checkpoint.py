@@ -30,10 +30,12 @@ def load_config(folder: Path, *, original: bool = False) -> Config:
 
     Raises ValueError for an architecture that is not known, or HF weights that are quantized in a way that is not read.
     """
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; download a checkpoint with scripts/download.py")
+    files.checkpoint_folder(folder)
     if (folder / files.LIT_CONFIG).is_file() and not original:
-        return Config.from_file(folder / files.LIT_CONFIG)
+        config = Config.from_file(folder / files.LIT_CONFIG)
+        if config.family not in FAMILIES:
+            raise ValueError(f"{folder / files.LIT_CONFIG}: unknown family {config.family!r}")
+        return config
     if not (folder / files.HF_CONFIG).is_file():
         raise ValueError(
             f"{folder} holds neither {files.LIT_CONFIG} nor {files.HF_CONFIG}; run scripts/download.py again"
@@ -43,7 +45,7 @@ def load_config(folder: Path, *, original: bool = False) -> Config:
         bnb.check_readable(folder, hf_config)
     try:
         config = read_hf_config(hf_config)
-    except (ValueError, TypeError, KeyError) as error:
+    except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     config.name = folder.name
     return config
@@ -71,6 +73,12 @@ def plan(source: TensorSource, config: Config) -> list[Step]:
 
     Raises one ValueError that lists every missing, unexpected and misshapen tensor.
     """
+    least = sum(config.n_expert if config.has_experts(i) else 1 for i in range(config.n_layer))
+    if least > len(source.metas):  # before a model of that many layers is built, if only on the meta device
+        raise ValueError(
+            f"{source.where} does not hold the weights that its config describes: {config.n_layer} layers "
+            f"{f'of {config.n_expert} experts ' if config.n_expert else ''}and {len(source.metas)} tensors"
+        )
     expected, is_lit, family = parameter_metas(hollow(config)), source.is_lit, FAMILIES[config.family]
     steps = [Step(name, (name,)) for name in expected] if is_lit else family.steps(config, expected)
     prefix = "" if is_lit else family.base_prefix
@@ -232,27 +240,46 @@ def save_quantized(folder: Path, quantize: str, progress: Callable[[int, int], N
 def _load_quantized(
     folder: Path, dtype: torch.dtype, norm_dtype: torch.dtype, device: torch.device | str, quantize: str
 ) -> GPT:
-    model = hollow(load_config(folder))
-    state = files.load_dict(folder / files.quantized_name(quantize), mmap=True)["weights"]
+    model, path = hollow(load_config(folder)), folder / files.quantized_name(quantize)
+    state = files.load_dict(path, mmap=True).get("weights")
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise ValueError(f"{path} holds no quantized weights; delete it")
     model.config.tie_embeddings = "lm_head.weight" not in state
+    expected: dict[str, tuple[torch.Size | tuple[int, ...], torch.dtype | None]] = {
+        name: (meta.shape, None) for name, meta in parameter_metas(model).items()
+    }
+    if not model.config.tie_embeddings:
+        expected["lm_head.weight"] = (model.lm_head.weight.shape, None)
     for owner, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and quantization.quantizable(owner, module, quantize):
-            surgery.put(model, owner, quantization.empty(module.in_features, module.out_features, quantize))
+            layer = quantization.empty(module.in_features, module.out_features, quantize)
+            surgery.put(model, owner, layer)
+            del expected[f"{owner}.weight"]
+            expected |= {f"{owner}.{leaf}": layout for leaf, layout in layer.layout().items()}
+    wrong = [
+        name
+        for name, (shape, dtype) in expected.items()
+        if name not in state
+        or state[name].shape != shape
+        or not (state[name].dtype == dtype if dtype else state[name].is_floating_point())
+    ]
+    if wrong := sorted(map(str, {*wrong, *(set(state) - set(expected))})):
+        raise ValueError(f"{path} does not fit its folder's model ({', '.join(wrong[:6])}); delete it")
     for name, tensor in state.items():
         place(model, name, tensor, dtype, norm_dtype, device)
     model.tie()
     return model
 
 
-def _made_from(folder: Path) -> list[list[str | int]]:
+def _made_from(folder: Path) -> str:
     """What the weights' files look like: changes when they do."""
     stats = [(file.name, file.stat()) for file in FolderSource(folder).files]
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    return json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
 
 
 def _is_current(folder: Path, quantize: str) -> bool:
     path = folder / files.quantized_name(quantize)
-    return path.is_file() and files.load_dict(path, mmap=True).get("made_from") == _made_from(folder)
+    return path.is_file() and files.load_dict(files.own(path), mmap=True).get("made_from") == _made_from(folder)
 
 
 def unfreeze(model: GPT) -> None:
@@ -336,6 +363,16 @@ def convert(
 # --- adapters --------------------------------------------------------------------------------------------------------
 
 
+ADAPTER_TYPES = {
+    "base_name": str,
+    "base_fingerprint": str,
+    "prompt_style": str,
+    "precision": str,
+    "quantize": str | None,
+    "step": int,
+}
+
+
 @dataclass(frozen=True)
 class Adapter:
     """A LoRA adapter and all that the next script needs to know of it; one file."""
@@ -358,14 +395,21 @@ class Adapter:
 
     @classmethod
     def load(cls, path: Path) -> "Adapter":
-        """Raises ValueError if the file is no adapter of this project."""
+        """Raises ValueError if the file is no adapter of this project, or one whose parts do not fit each other."""
         content = files.load_dict(path)
         try:
             settings = LoRASettings(**content["lora"])
             told = {name: content[name] for name in cls.__dataclass_fields__ if name not in ("state", "settings")}
-            return cls(dict(content["model"]), settings, **told)
+            adapter = cls(dict(content["model"]), settings, **told)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is no LoRA adapter written by finetune/lora.py (no {error})") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        for name, kind in ADAPTER_TYPES.items():
+            if not isinstance(value := getattr(adapter, name), kind):
+                raise ValueError(f"{path}: {name} cannot be of the type {type(value).__name__}")
+        lora.check_factors(adapter.state, settings, path)
+        return adapter
 
     def check_base(self, checkpoint_dir: Path, where: Path) -> None:
         """Raises ValueError if the adapter was trained on another base than this folder's."""
@@ -378,5 +422,6 @@ class Adapter:
     def attach(self, model: GPT, checkpoint_dir: Path, where: Path) -> None:
         """Give the model these factors. Raises ValueError if they were trained on another base."""
         self.check_base(checkpoint_dir, where)
+        lora.check_fit(model, self.settings, self.state, where)  # before memory is taken for factors of such a size
         lora.attach(model, self.settings)
         lora.load_adapter_state(model, self.state, where)

@@ -18,9 +18,11 @@ import torch
 from lit_gpt import checkpoint, files
 from lit_gpt.model import IGNORE_INDEX
 from lit_gpt.prompts import get_style
+from lit_gpt.report import Progress
 from lit_gpt.tokenizer import Tokenizer
 
 TRAIN, TEST, META = "train.pt", "test.pt", "meta.json"
+AT_ONCE = 4096  # rows in one call of the tokenizer's library, which spreads them over the cores
 Record = dict[str, str]
 
 
@@ -42,7 +44,7 @@ def read_records(path: Path) -> list[Record]:
     if text.lstrip().startswith("["):
         try:
             rows = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is no valid JSON: {error}") from error
     else:
         rows = _json_lines(path, text)
@@ -57,7 +59,7 @@ def _json_lines(path: Path, text: str) -> Iterator[Any]:
         if line.strip():
             try:
                 yield json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: no valid JSON: {error}") from error
 
 
@@ -72,6 +74,8 @@ def check_record(row: Any, where: str) -> Record:
         if not isinstance(value, str):
             problem = "is missing" if value is None else f"must be text, not {type(value).__name__}"
             raise ValueError(f"{where}: {key!r} {problem}")
+        if not files.is_text(value):
+            raise ValueError(f"{where}: {key!r} holds half of a character (a lone surrogate, such as \\ud83d)")
     if not record["instruction"].strip() and not record["input"].strip():
         raise ValueError(f"{where}: 'instruction' is empty")
     if not record["output"].strip():
@@ -106,28 +110,36 @@ class Encoded:
 
 
 def encode(records: Sequence[Record], tokenizer: Tokenizer, style: str, max_length: int) -> Encoded:
-    """Tokenise every prompt, and every answer followed by the end-of-text token, each in one batched call.
+    """Tokenise every prompt, and every answer followed by the end-of-text token, thousands in one call.
 
     A row longer than `max_length` keeps its end-of-text token and loses the end of its answer; one whose prompt leaves
     no room for an answer is refused by ValueError with its number.
     """
     render = get_style(style)
-    prompts = tokenizer.encode_batch([render(record["instruction"], record["input"]) for record in records])
-    answers = tokenizer.encode_batch([record["output"] for record in records], bos=False, eos=True)
-    n_truncated = 0
-    for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        if len(prompt) + len(answer) > max_length:
-            if len(prompt) + 2 > max_length:
-                raise ValueError(
-                    f"row {index + 1}: the prompt alone has {len(prompt)} tokens and {max_length} are allowed; "
-                    f"shorten it or raise --max_seq_length (it begins {records[index]['instruction'][:60]!r})"
-                )
-            n_truncated += 1
-            answers[index] = answer[: max_length - len(prompt) - 1] + answer[-1:]
-    lengths = torch.tensor([0] + [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)])
-    flat = [token for pair in zip(prompts, answers, strict=True) for row in pair for token in row]
-    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32)
-    return Encoded(torch.tensor(flat, dtype=torch.int32), lengths.cumsum(0), prompt_lengths, n_truncated)
+    tokens, lengths, prompt_lengths, n_truncated = [], [0], [], 0
+    with Progress("tokenising", len(records)) as progress:
+        for start in range(0, len(records), AT_ONCE):
+            part = records[start : start + AT_ONCE]
+            prompts = tokenizer.encode_batch([render(record["instruction"], record["input"]) for record in part])
+            answers = tokenizer.encode_batch([record["output"] for record in part], bos=False, eos=True)
+            flat: list[int] = []
+            for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), start=start + 1):
+                if len(prompt) + len(answer) > max_length:
+                    if len(prompt) + 2 > max_length:
+                        begins = records[number - 1]["instruction"][:60]
+                        raise ValueError(
+                            f"row {number}: the prompt alone has {len(prompt)} tokens and {max_length} are allowed; "
+                            f"shorten it or raise --max_seq_length (it begins {begins!r})"
+                        )
+                    n_truncated += 1
+                    answer = answer[: max_length - len(prompt) - 1] + answer[-1:]
+                flat += prompt + answer
+                lengths.append(len(prompt) + len(answer))
+                prompt_lengths.append(len(prompt))
+            tokens.append(torch.tensor(flat, dtype=torch.int32))
+            progress.update(start + len(part))
+    counts = torch.tensor(prompt_lengths, dtype=torch.int32)
+    return Encoded(torch.cat(tokens), torch.tensor(lengths).cumsum(0), counts, n_truncated)
 
 
 def prepare(
@@ -208,14 +220,33 @@ class Batch:
         return Batch(self.tokens, torch.full_like(self.labels, IGNORE_INDEX), self.lengths)
 
 
+def _problem(state: dict[str, Any]) -> str | None:
+    """What in a prepared set would fail, or read beyond the tokens, in the middle of a run."""
+    for name, dtype in (("tokens", torch.int32), ("offsets", torch.int64), ("prompt_lengths", torch.int32)):
+        tensor = state.get(name)
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype != dtype or tensor.ndim != 1:
+            return f"{name} is no flat tensor of {dtype}"
+    tokens, offsets, prompt_lengths = state["tokens"], state["offsets"], state["prompt_lengths"]
+    if len(prompt_lengths) == 0 or len(offsets) != len(prompt_lengths) + 1:
+        return f"{len(offsets)} offsets for {len(prompt_lengths)} rows"
+    lengths = offsets.diff()
+    if offsets[0] != 0 or offsets[-1] != len(tokens) or lengths.min() < 2:
+        return "its offsets do not rise from 0 to the number of tokens"
+    if prompt_lengths.min() < 1 or (prompt_lengths >= lengths).any():
+        return "a row has no prompt or no answer"
+    return "a token is negative" if tokens.min() < 0 else None
+
+
 class PreparedSet:
     """Rows of one `.pt` of a prepared set, mapped from the disk."""
 
     def __init__(self, path: Path, *, mask_inputs: bool, max_length: int):
         """Rows longer than `max_length` are cut but keep their last token. ValueError for another kind of file."""
         state = files.load_dict(path, mmap=True)
-        if not {"tokens", "offsets", "prompt_lengths"} <= set(state):
-            raise ValueError(f"{path} is no prepared set of this project; run scripts/prepare_alpaca.py again")
+        if problem := _problem(state):
+            raise ValueError(
+                f"{path} is no prepared set of this project ({problem}); run scripts/prepare_alpaca.py again"
+            )
         self.tokens, self.offsets = state["tokens"], state["offsets"]
         self.prompt_lengths = state["prompt_lengths"]
         self.path, self.mask_inputs, self.max_length = path, mask_inputs, max_length
@@ -281,12 +312,15 @@ class PreparedSet:
         return Batch(pad(tokens, True, 0), pad(labels, True, IGNORE_INDEX), None)
 
 
-def open_prepared(
-    data_dir: Path, tokenizer: Tokenizer, max_length: int
-) -> tuple[PreparedSet, PreparedSet, dict[str, Any]]:
-    """The two parts of a prepared set and its meta data.
+META_TYPES = {"checkpoint": str, "tokenizer": str, "prompt_style": str, "mask_inputs": bool, "max_seq_length": int}
 
-    Raises ValueError if it was made for another tokenizer.
+
+def open_prepared(
+    data_dir: Path, tokenizer: Tokenizer, max_length: int, vocab_size: int
+) -> tuple[PreparedSet, PreparedSet, dict[str, Any]]:
+    """The two parts of a prepared set and its meta data, for a model of `vocab_size` embeddings.
+
+    Raises ValueError if it was made for another tokenizer, or is no prepared set.
     """
     if not (data_dir / META).is_file():
         raise ValueError(
@@ -294,11 +328,25 @@ def open_prepared(
             f"scripts/prepare_json.py with --destination_path {data_dir}"
         )
     meta = files.read_json(data_dir / META)
+    types = {**META_TYPES, TRAIN: dict, TEST: dict}
+    wrong = [key for key, kind in types.items() if key in meta and not isinstance(meta[key], kind)]
+    wrong = wrong or [part for part in (TRAIN, TEST) if not isinstance(meta.get(part, {}).get("truncated", 0), int)]
+    if wrong:
+        raise ValueError(f"{data_dir / META}: {', '.join(wrong)} is not what this project writes; prepare it again")
     if meta.get("tokenizer") != tokenizer.fingerprint:
         raise ValueError(
             f"{data_dir} was prepared with the tokenizer of {meta.get('checkpoint')!r}, which is not this model's; "
             "prepare it again with this --checkpoint_dir"
         )
-    mask = bool(meta.get("mask_inputs", True))
-    train, test = (PreparedSet(data_dir / name, mask_inputs=mask, max_length=max_length) for name in (TRAIN, TEST))
+    if missing := sorted(set(types) - set(meta)):
+        raise ValueError(f"{data_dir / META} has no {', '.join(missing)}; prepare it again")
+    train, test = (
+        PreparedSet(data_dir / name, mask_inputs=meta["mask_inputs"], max_length=max_length) for name in (TRAIN, TEST)
+    )
+    for name, part in ((TRAIN, train), (TEST, test)):
+        if (largest := int(part.tokens.max())) >= vocab_size:
+            raise ValueError(
+                f"{data_dir / name} holds the token {largest}, and the model has {vocab_size} embeddings; "
+                "prepare it again"
+            )
     return train, test, meta

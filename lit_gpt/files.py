@@ -5,14 +5,15 @@ import ctypes
 import hashlib
 import json
 import os
+import pickletools
+import re
 import shutil
 import struct
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import IO, Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 
@@ -27,6 +28,7 @@ REPORT = "report.json"
 BEST = "best-ckpt.pth"
 LOCK = "run.lock"
 PROMPT_STYLE = "prompt_style.json"
+DOWNLOADING = ".downloading"  # lies in a folder from before its first file comes until after the last is checked
 COMPANIONS = (  # what a model needs beside its weights; copied along whenever a model is written
     HF_CONFIG,
     "generation_config.json",
@@ -44,6 +46,17 @@ WEIGHTS = (  # where a folder's weights may lie, best first; an index beside the
     ("*.safetensors", "model.safetensors.index.json"),
     ("*.bin", "pytorch_model.bin.index.json"),
 )
+
+TEXT_LIMIT = 100_000_000  # bytes of JSON or of a pickle that are parsed: as Python objects they take many times that
+SURROGATE = re.compile("[\ud800-\udfff]")
+PLAIN_PICKLES = {  # what a file of tensors, numbers and text names; torch itself lets more pass, see `_strange`
+    "collections OrderedDict",
+    "torch Size",
+    "torch._utils _rebuild_parameter",
+    "torch._utils _rebuild_tensor_v2",
+    *(f"torch {kind}Storage" for kind in "Double Float Half BFloat16 Long Int Short Char Byte Bool".split()),
+    *("torch._utils _rebuild_tensor_v3", "torch.storage UntypedStorage", "torch float8_e4m3fn", "torch float8_e5m2"),
+}
 
 
 def periodic_name(iteration: int) -> str:
@@ -81,11 +94,16 @@ def atomically(path: Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the rename itself
-        os.close(folder)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put what was renamed in a folder on the disk."""
+    opened = os.open(folder, os.O_RDONLY)
+    os.fsync(opened)
+    os.close(opened)
 
 
 def save(path: Path, state: dict[str, Any], *, sealed: bool = False) -> None:
@@ -96,7 +114,7 @@ def save(path: Path, state: dict[str, Any], *, sealed: bool = False) -> None:
             file.write(digest)
 
 
-def _save_into(file: IO[bytes], state: dict[str, Any]) -> bytes:
+def _save_into(file: BinaryIO, state: dict[str, Any]) -> bytes:
     """`torch.save` into an open file; returns the SHA-256 of what was written. An OSError comes out as itself."""
     writer = _Writer(file)
     try:
@@ -112,7 +130,7 @@ class _Writer:
     It remembers an error, after which torch would still write the file's end, and complain of that instead.
     """
 
-    def __init__(self, file: IO[bytes]):
+    def __init__(self, file: BinaryIO):
         self.file, self.digest = file, hashlib.sha256()
         self.error: OSError | None = None
 
@@ -157,11 +175,16 @@ def save_streamed(path: Path, metas: Mapping[str, torch.Tensor], tensors: Iterab
                 record = waiting.pop(name)
                 data = tensor.detach().cpu().contiguous().to(metas[name].dtype).view(torch.uint8).flatten().numpy()
                 assert data.nbytes == record.file_size, f"{name}: {data.nbytes} bytes for {record.file_size}"
-                file.seek(record.header_offset + 26)  # the two lengths at the end of a zip's local header
-                name_length, extra_length = struct.unpack("<HH", file.read(4))
-                file.seek(record.header_offset + 30 + name_length + extra_length)
+                _seek_record(file, record)
                 file.write(data.data)
         assert not waiting, f"never written: {sorted(waiting)}"
+
+
+def _seek_record(file: BinaryIO, record: zipfile.ZipInfo) -> None:
+    """Go to where the record's bytes begin."""
+    file.seek(record.header_offset + 26)  # the two lengths at the end of a zip's local header
+    name_length, extra_length = struct.unpack("<HH", file.read(4))
+    file.seek(record.header_offset + 30 + name_length + extra_length)
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -170,7 +193,7 @@ def copy_companions(source: Path, target: Path) -> None:
     for name in COMPANIONS:
         if (source / name).is_file() and not (target / name).exists():
             with atomically(target / name) as temporary:
-                shutil.copyfile(source / name, temporary)
+                shutil.copyfile(own(source / name), temporary)
 
 
 def fetch(url: str, path: Path) -> None:
@@ -181,6 +204,8 @@ def fetch(url: str, path: Path) -> None:
     try:
         with urlopen(url, timeout=60) as answer, atomically(path) as temporary, open(temporary, "wb") as file:
             shutil.copyfileobj(answer, file)
+            if (told := answer.headers["Content-Length"]) is not None and file.tell() != int(told):
+                raise OSError(f"the connection was lost after {file.tell():,} of {int(told):,} bytes")
     except (URLError, OSError, TimeoutError) as error:
         reason = getattr(error, "reason", error)
         raise ValueError(f"{url} cannot be downloaded ({reason}); without a network, put the file at {path}") from error
@@ -189,22 +214,48 @@ def fetch(url: str, path: Path) -> None:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
+def checkpoint_folder(folder: Path) -> Path:
+    """The folder itself. Raises ValueError if there is none, or if its download was interrupted."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; download a checkpoint with scripts/download.py")
+    if (folder / DOWNLOADING).exists():
+        raise ValueError(f"{folder} is incomplete: its download was interrupted; run scripts/download.py again")
+    return folder
+
+
+def own(path: Path) -> Path:
+    """The file itself. Raises ValueError for a link that leads out of the file's folder.
+
+    A folder from elsewhere could name any file of this machine so, which would be read in its place, or copied along
+    with a merged model. Links may stay within the folder; and within one repository of the hub's own cache, which
+    keeps the files themselves in blobs/ and gives each a name by a link in snapshots/<commit>/.
+    """
+    folder, real = path.parent.resolve(), path.resolve()
+    homes = [folder] + ([folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [])
+    if not any(real.is_relative_to(home) for home in homes):
+        raise ValueError(f"{path} is a link that leads out of its folder, to {real}; put the file itself there")
+    return path
+
+
 def load_dict(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     """`torch.load` that never runs code. Raises ValueError naming a file that would need to, or that is broken."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
-    except UnpicklingError as error:
-        reason = str(error).split("\n", 1)[0]
-        raise ValueError(
-            f"{path} is broken, or holds objects that could run code, and was not loaded: {reason}"
-        ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
-        reason = str(error).split("\n", 1)[0].split(". ", 1)[0]
+        strange = _strange(path)
+        state = None if strange else torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except MemoryError:
+        raise
+    except Exception as error:  # a broken file fails wherever its bytes stop making sense
+        reason = str(error).split("\n", 1)[0].split(". ", 1)[0] or type(error).__name__
         raise ValueError(f"{path} is broken or incomplete: {reason}") from error
+    if strange:
+        raise ValueError(f"{path} was not loaded: {strange}")
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds no state dict but a {type(state).__name__}")
+    # Tensors may share memory, as tied weights do; but a small file could name its few numbers over and over.
+    if (claimed := sum(tensor.nbytes for tensor in _tensors(state))) > 2 * path.stat().st_size:
+        raise ValueError(f"{path} is no larger than {path.stat().st_size:,} bytes, and claims tensors of {claimed:,}")
     return state
 
 
@@ -221,6 +272,49 @@ def load_sealed(path: Path) -> dict[str, Any]:
         if left or file.read() != digest.digest():
             raise ValueError(f"{path} is damaged: its checksum is not that of its content")
     return load_dict(path, mmap=True)
+
+
+def _strange(path: Path) -> str | None:
+    """Why torch should not open this `.pth`, if there is a reason. Raises whatever a broken file leads to.
+
+    torch runs no code, but would let two kinds of small files take any amount of memory: packed records, and pickles
+    that call what takes as much as it is asked for, such as bytearray. That tensors lie in their records it checks.
+    """
+    with open(path, "rb") as file:
+        if file.read(1) == b"\x80":  # it tells no sizes that could be checked before memory is taken
+            return "it is a bare pickle, as torch wrote them before version 1.6; load and save it again with torch"
+    with zipfile.ZipFile(path) as archive:
+        listed, size = archive.infolist(), path.stat().st_size
+    records = {record.filename.split("/", 1)[-1].lower(): record for record in listed}  # torch takes either case
+    claimed = sum(record.file_size for record in listed)
+    if claimed > size or any(record.compress_type for record in listed) or len(records) < len(listed):
+        return f"its records are packed, or overlap: {claimed:,} bytes in a file of {size:,}"
+    pickle = records["data.pkl"]
+    if pickle.file_size > TEXT_LIMIT:
+        return f"its index alone has {pickle.file_size:,} bytes"
+    with open(path, "rb") as file:
+        _seek_record(file, pickle)
+        operations = pickletools.genops(file.read(pickle.file_size))
+    named = {str(argument) for code, argument, _ in operations if code.name == "GLOBAL"}
+    if unknown := sorted(named - PLAIN_PICKLES):
+        return f"it holds objects that could run code or take any amount of memory: {', '.join(unknown[:4])}"
+    return None
+
+
+def _tensors(state: object) -> Iterator[torch.Tensor]:
+    """Every tensor in nested dicts, lists and tuples, once."""
+    waiting, seen = [state], set()
+    while waiting:
+        part = waiting.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, torch.Tensor):
+            yield part
+        elif isinstance(part, dict):
+            waiting += part.values()
+        elif isinstance(part, (list, tuple)):
+            waiting += part
 
 
 class TensorSource(Protocol):
@@ -243,7 +337,7 @@ class FolderSource:
 
     def __init__(self, folder: Path, *, original: bool = False):
         """With `original`, a `lit_model.pth` is passed over for the HF files that it was made from."""
-        self.where = self.folder = folder
+        self.where = self.folder = checkpoint_folder(folder)
         kinds = WEIGHTS[1:] if original else WEIGHTS
         self.files, self.is_lit = self._find(kinds)
         self._states: dict[Path, dict[str, torch.Tensor]] = {}
@@ -255,35 +349,41 @@ class FolderSource:
         self.metas: Mapping[str, torch.Tensor] = metas
 
     def _find(self, kinds: Iterable[tuple[str, str]]) -> tuple[list[Path], bool]:
-        if not self.folder.is_dir():
-            raise ValueError(f"{self.folder} is not a folder; download a checkpoint with scripts/download.py")
         for pattern, index in kinds:
             if (self.folder / index).is_file():
-                names = sorted(set(read_json(self.folder / index).get("weight_map", {}).values()))
-                if strange := [n for n in names if not isinstance(n, str) or Path(n).name != n]:
-                    raise ValueError(f"{self.folder / index} names files outside the folder: {strange}")
-                if missing := [name for name in names if not (self.folder / name).is_file()]:
-                    raise ValueError(
-                        f"{self.folder} is incomplete: {', '.join(missing)} missing; run scripts/download.py again"
-                    )
-                return [self.folder / name for name in names], False
+                return self._indexed(self.folder / index, pattern), False
             if files := sorted(self.folder.glob(pattern)):
-                return files, pattern == LIT_MODEL
+                return [own(file) for file in files], pattern == LIT_MODEL
         found = sorted(path.name for path in self.folder.iterdir())
         raise ValueError(
             f"{self.folder} holds no weights (lit_model.pth, *.safetensors or *.bin), only {found or 'nothing'}; "
             "run scripts/download.py, or give a folder whose download is complete"
         )
 
+    def _indexed(self, index: Path, pattern: str) -> list[Path]:
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise ValueError(f"{index} has no weight_map from the names of tensors to those of files")
+        files = sorted(set(names.values()))
+        if strange := [n for n in files if Path(n).name != n or "\0" in n]:
+            raise ValueError(f"{index} names files outside the folder: {strange}")
+        if other := [name for name in files if not Path(name).match(pattern)]:
+            raise ValueError(f"{index} names files that are no {pattern}: {other}")
+        if missing := [name for name in files if not (self.folder / name).is_file()]:
+            raise ValueError(
+                f"{self.folder} is incomplete: {', '.join(missing)} missing; run scripts/download.py again"
+            )
+        return [own(self.folder / name) for name in files]
+
     def _headers(self, file: Path) -> Iterator[tuple[str, torch.Tensor]]:
         if file.suffix == ".safetensors":
             with open_safetensors(file) as opened:
                 for name in opened.keys():  # noqa: SIM118 - not a dict
                     part = opened.get_slice(name)
-                    yield name, torch.empty(part.get_shape(), dtype=_safetensors_dtype(file, part), device="meta")
+                    yield name, _meta(file, name, part.get_shape(), _safetensors_dtype(file, part))
         else:
             for name, tensor in load_dict(file, mmap=True).items():
-                if not isinstance(tensor, torch.Tensor):
+                if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
                     raise ValueError(f"{file}: {name!r} is no tensor but a {type(tensor).__name__}")
                 self._states.setdefault(file, {})[name] = tensor
                 yield name, tensor.to("meta")
@@ -300,17 +400,20 @@ class FolderSource:
     def release(self, name: str) -> None:
         """Say that the tensor has been used, and what it holds in memory can go."""
         file = self._home[name]
-        if file in self._states and zipfile.is_zipfile(file):  # mapped, then
+        if file in self._states:
             forget(self._states[file][name])
 
 
 def open_safetensors(file: Path) -> Any:
-    """`safetensors.safe_open`. Raises ValueError naming the file if it is broken or cut short."""
+    """`safetensors.safe_open`. Raises ValueError naming the file if it is broken or cut short.
+
+    The library refuses a header of over 100 MB, and tensors that overlap, leave gaps, or do not fill the file exactly.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
         return safe_open(file, framework="pt")
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is broken or incomplete ({error}); run scripts/download.py again") from error
 
 
@@ -323,12 +426,36 @@ def _safetensors_dtype(file: Path, part: Any) -> torch.dtype:
     return names[name]
 
 
+def _meta(file: Path, name: str, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
+    try:
+        return torch.empty(shape, dtype=dtype, device="meta")
+    except (RuntimeError, TypeError, ValueError) as error:  # an empty tensor may claim axes beyond any count
+        raise ValueError(f"{file}: {name} has an impossible shape") from error
+
+
+def read_text(path: Path) -> str:
+    """A small text file of a folder. Raises ValueError naming the file if it is large, no text, or lies elsewhere."""
+    own(path)
+    try:
+        if (size := path.stat().st_size) > TEXT_LIMIT:
+            raise ValueError(f"{size:,} bytes are too many for such a file")
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def is_text(value: str) -> bool:
+    """Whether it can be written as UTF-8: JSON can spell half of a character, such as \\ud83d alone."""
+    return not SURROGATE.search(value)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises ValueError naming the file."""
+    text = read_text(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object but a {type(value).__name__}")
     return value

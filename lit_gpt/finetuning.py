@@ -61,7 +61,9 @@ class Job:
         self.config = config = checkpoint.load_config(checkpoint_dir)
         self.tokenizer = Tokenizer(checkpoint_dir)
         self.max_length = min(train.max_seq_length or config.block_size, config.block_size)
-        self.train_data, self.val_data, self.meta = open_prepared(data_dir, self.tokenizer, self.max_length)
+        self.train_data, self.val_data, self.meta = open_prepared(
+            data_dir, self.tokenizer, self.max_length, config.vocab_size
+        )
         if self.train_data.n_without_labels() == len(self.train_data):
             raise ValueError(
                 f"no training row has an answer within {self.max_length} tokens: raise --train.max_seq_length"

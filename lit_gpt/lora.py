@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,9 +36,14 @@ class LoRASettings:
     targets: tuple[str, ...] = ("query", "value")
 
     def __post_init__(self) -> None:
+        for name, kind in (("r", int), ("alpha", (int, float)), ("dropout", (int, float)), ("targets", (list, tuple))):
+            if not isinstance(value := getattr(self, name), kind) or isinstance(value, bool):
+                raise ValueError(f"LoRA's {name} cannot be of the type {type(value).__name__}")
         object.__setattr__(self, "targets", tuple(self.targets))  # a file gives a list
         if self.r < 1:
             raise ValueError(f"--lora_r must be at least 1, not {self.r}")
+        if not abs(self.alpha) < 1e9:  # catches NaN too
+            raise ValueError(f"--lora_alpha must be a number, not {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"--lora_dropout must lie in [0, 1), not {self.dropout}")
         if not self.targets or (unknown := set(self.targets) - set(TARGETS)):
@@ -124,19 +130,26 @@ def merged_weight(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scalin
     return torch.addmm(weight.float(), b.float(), a.float(), alpha=scaling).to(weight.dtype)
 
 
-def attach(model: nn.Module, settings: LoRASettings) -> list[str]:
-    """Freeze the model and give each targeted layer factors; returns the layers' names.
-
-    Raises ValueError for a target that this model has no layer of.
-    """
+def targeted(model: nn.Module, settings: LoRASettings) -> dict[str, nn.Linear]:
+    """The layers that get factors, by name. Raises ValueError for a target that this model has no layer of."""
     for target in settings.targets:
         if not any(re.search(TARGETS[target], name) for name, _ in model.named_modules()):
             raise ValueError(f"this model has no layer for the LoRA target {target!r}")
-    model.requires_grad_(False)
     pattern = "|".join(TARGETS[target] for target in settings.targets)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and re.search(pattern, name)
+    }
+
+
+def attach(model: nn.Module, settings: LoRASettings) -> list[str]:
+    """Freeze the model and give each targeted layer factors; returns the layers' names. ValueError as `targeted`."""
+    chosen = targeted(model, settings)
+    model.requires_grad_(False)
     return swap(
         model,
-        lambda name, module: isinstance(module, nn.Linear) and re.search(pattern, name) is not None,
+        lambda name, module: name in chosen,
         lambda name, module: LoRALinear(module, settings),  # type: ignore[arg-type]
     )
 
@@ -150,23 +163,45 @@ def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+def check_factors(state: dict[str, torch.Tensor], settings: LoRASettings, where: object) -> None:
+    """Raises ValueError for anything in `state` that is no factor of the rank that the settings tell."""
+    for name, factor in state.items():
+        axis = {"lora_A": 0, "lora_B": 1}.get(str(name).rsplit(".", 1)[-1])
+        if axis is None or not isinstance(factor, torch.Tensor) or factor.ndim != 2 or factor.shape[axis] != settings.r:
+            raise ValueError(f"{where}: {name} is no factor of rank {settings.r}")
+        if not factor.is_floating_point():
+            raise ValueError(f"{where}: {name} is of the type {factor.dtype}")
+
+
+def check_fit(model: nn.Module, settings: LoRASettings, state: dict[str, torch.Tensor], where: object) -> None:
+    """Raises ValueError naming what of an adapter's state does not fit a model that has no factors yet."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, layer in targeted(model, settings).items():
+        expected[f"{name}.lora_A"] = (settings.r, layer.in_features)
+        expected[f"{name}.lora_B"] = (layer.out_features, settings.r)
+    _compare(expected, state, where)
+
+
 def load_adapter_state(model: nn.Module, state: dict[str, torch.Tensor], where: object) -> None:
     """Put factors into a model that has been attached to. Raises ValueError naming what does not fit."""
-    parameters = dict(model.named_parameters())
-    expected = {name for name in parameters if name.endswith((".lora_A", ".lora_B"))}
-    problems = [f"missing {name}" for name in sorted(expected - set(state))]
-    problems += [f"unexpected {name}" for name in sorted(set(state) - expected)]
+    factors = {name: p for name, p in model.named_parameters() if name.endswith((".lora_A", ".lora_B"))}
+    _compare({name: factor.shape for name, factor in factors.items()}, state, where)
+    with torch.no_grad():
+        for name, factor in factors.items():
+            factor.copy_(state[name])
+
+
+def _compare(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, torch.Tensor], where: object) -> None:
+    problems = [f"missing {name}" for name in sorted(set(expected) - set(state))]
+    problems += [f"unexpected {name}" for name in sorted(set(state) - set(expected))]
     problems += [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(parameters[name].shape)}"
-        for name in sorted(expected & set(state))
-        if state[name].shape != parameters[name].shape
+        f"{name} {tuple(state[name].shape)} instead of {tuple(shape)}"
+        for name, shape in sorted(expected.items())
+        if name in state and state[name].shape != shape
     ]
     if problems:
         more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
         raise ValueError(f"{where} does not fit this model: {', '.join(problems[:6])}{more}")
-    with torch.no_grad():
-        for name in expected:
-            parameters[name].copy_(state[name])
 
 
 def merge(model: nn.Module) -> list[str]:

@@ -35,6 +35,7 @@ def merge_folder(
     `dequantized` merges into the weights that an adapter of a quantized base saw, instead of the original ones.
     """
     weights = Weights.from_folder(checkpoint_dir)
+    lora.check_fit(checkpoint.hollow(weights.config), adapter.settings, adapter.state, "the adapter")
     config, metas, scaling = weights.config, dict(weights.metas), adapter.settings.alpha / adapter.settings.r
     adapted = {name.removesuffix(".lora_A") for name in adapter.state if name.endswith(".lora_A")}
     if config.tie_embeddings and "lm_head" in adapted:  # the head gets a weight of its own
@@ -112,8 +113,8 @@ def held_out_losses(
     """Mean loss per labelled token on validation rows: of base + adapter as trained, and of each merged folder."""
     adapter = Adapter.load(lora_path)
     tokenizer = Tokenizer(checkpoint_dir)
-    block_size = checkpoint.load_config(checkpoint_dir).block_size
-    _, rows, _ = open_prepared(data_dir, tokenizer, block_size)
+    config = checkpoint.load_config(checkpoint_dir)
+    _, rows, _ = open_prepared(data_dir, tokenizer, config.block_size, config.vocab_size)
 
     def loss(model: GPT) -> float:
         batches = [rows.batch([index], packing=True) for index in range(min(max_rows, len(rows)))]

@@ -1,14 +1,23 @@
 """Text to token ids and back: `tokenizers` (tokenizer.json) and `sentencepiece` (tokenizer.model) behind one class."""
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from lit_gpt import files
+
 TOKENIZER_JSON, TOKENIZER_MODEL = "tokenizer.json", "tokenizer.model"
+TOKEN, NUMBER = (str, dict), (int, list)
+SETTINGS = {  # what the keys that are read here may hold, in whichever file they stand
+    "added_tokens_decoder": (dict,),
+    "add_bos_token": (bool,),
+    "chat_template": (str, list),
+    **{f"{name}_token": TOKEN for name in ("bos", "eos", "pad")},
+    **{f"{name}_token_id": NUMBER for name in ("bos", "eos", "pad")},
+}
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # one byte of a character that has no token
 
 
@@ -20,6 +29,7 @@ class Backend(Protocol):
     def encode(self, texts: Sequence[str]) -> list[list[int]]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
     def to_id(self, token: str) -> int | None: ...
+    def has(self, index: int) -> bool: ...
     @property
     def byte_ids(self) -> set[int]: ...
     @property
@@ -34,7 +44,7 @@ class Tokenizer:
     """
 
     def __init__(self, folder: str | Path):
-        folder = Path(folder)
+        folder = files.checkpoint_folder(Path(folder))
         settings = {name: _read(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")}
         generation, config = _read(folder / "generation_config.json"), _read(folder / "config.json")
         file = next((folder / n for n in (TOKENIZER_JSON, TOKENIZER_MODEL) if (folder / n).is_file()), None)
@@ -43,12 +53,12 @@ class Tokenizer:
                 f"{folder} holds no tokenizer ({TOKENIZER_JSON} or {TOKENIZER_MODEL}); run scripts/download.py with "
                 "--tokenizer_only true, or copy the files from the base's folder"
             )
-        self.fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()
+        self.fingerprint = hashlib.sha256(files.own(file).read_bytes()).hexdigest()
         added = settings["tokenizer_config.json"].get("added_tokens_decoder") or {}
         try:
             self._backend: Backend = _Fast(file) if file.name == TOKENIZER_JSON else _SentencePiece(file, added)
-        except ValueError:
-            raise
+        except ImportError as error:
+            raise ValueError(f"{file} needs sentencepiece: pip install 'lit-gpt[sentencepiece]'") from error
         except Exception as error:  # both libraries raise bare Exceptions for a malformed file
             raise ValueError(f"{file} is broken: {error}") from error
         self.vocab_size = self._backend.vocab_size
@@ -57,7 +67,7 @@ class Tokenizer:
         )
         ends = generation.get("eos_token_id", self.eos_id)
         ends = ends if isinstance(ends, list) else [ends]
-        self.stop_ids = frozenset(end for end in (*ends, self.eos_id) if isinstance(end, int))
+        self.stop_ids = frozenset(end for end in (*ends, self.eos_id) if self._is_id(end))
         said = settings["tokenizer_config.json"].get("add_bos_token")
         starts = self._backend.starts_with(self.bos_id) if isinstance(self._backend, _Fast) else True
         self.use_bos = self.bos_id is not None and (said if isinstance(said, bool) else starts)
@@ -67,14 +77,18 @@ class Tokenizer:
         for source in settings:
             token = source.get(f"{name}_token")
             token = token.get("content") if isinstance(token, dict) else token
-            if isinstance(token, str) and (index := self._backend.to_id(token)) is not None:
+            if isinstance(token, str) and files.is_text(token) and (index := self._backend.to_id(token)) is not None:
                 return index
         for source in numbered:
             index = source.get(f"{name}_token_id")
             index = index[0] if isinstance(index, list) and index else index
-            if isinstance(index, int):
+            if self._is_id(index):
                 return index
         return None
+
+    def _is_id(self, index: object) -> bool:
+        """Whether this is an id that the tokenizer has: configs name -1 for none, or one beyond the vocabulary."""
+        return type(index) is int and self._backend.has(index)
 
     def encode(self, text: str, *, bos: bool | None = None, eos: bool = False) -> list[int]:
         """Ids of a text; `bos=None` begins as the model's own sequences do."""
@@ -136,6 +150,9 @@ class _Fast:
         index: int | None = self.library.token_to_id(token)
         return index
 
+    def has(self, index: int) -> bool:
+        return 0 <= index < 2**31 and self.library.id_to_token(index) is not None
+
     @cached_property
     def byte_ids(self) -> set[int]:
         return {index for token, index in self.library.get_vocab().items() if BYTE_TOKEN.fullmatch(token)}
@@ -153,10 +170,8 @@ class _SentencePiece:
     """A tokenizer.model, with the added tokens that tokenizer_config.json lists beside it."""
 
     def __init__(self, file: Path, added: dict[str, Any]):
-        try:
-            from sentencepiece import SentencePieceProcessor
-        except ImportError as error:
-            raise ValueError(f"{file} needs sentencepiece: pip install 'lit-gpt[sentencepiece]'") from error
+        from sentencepiece import SentencePieceProcessor
+
         self.library = SentencePieceProcessor(model_file=str(file))
         self.added = {entry["content"]: int(index) for index, entry in added.items()}
         self.names = {index: token for token, index in self.added.items()}
@@ -195,6 +210,9 @@ class _SentencePiece:
         index: int = self.library.piece_to_id(token)
         return index if self.library.id_to_piece(index) == token else None
 
+    def has(self, index: int) -> bool:
+        return 0 <= index < self.library.get_piece_size() or index in self.names
+
     @cached_property
     def byte_ids(self) -> set[int]:
         return {index for index in range(self.library.get_piece_size()) if self.library.is_byte(index)}
@@ -206,22 +224,22 @@ class _SentencePiece:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON object, empty if the file is not there."""
+    """A JSON object whose settings are of the right types; empty if the file is not there."""
     if not path.is_file():
         return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object but a {type(value).__name__}")
-    return value
+    read = files.read_json(path)
+    for key, types in SETTINGS.items():
+        if read.get(key) is not None and type(read[key]) not in types:
+            wanted = " or ".join(kind.__name__ for kind in types)
+            raise ValueError(f"{path}: {key} must be {wanted}, not {type(read[key]).__name__}")
+    return read
 
 
 def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
+    if (file := folder / "chat_template.jinja").is_file():
+        return files.read_text(file)
     template = settings.get("chat_template")
     if isinstance(template, list):  # several, by name
-        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
-    if (file := folder / "chat_template.jinja").is_file():
-        template = file.read_text(encoding="utf-8")
+        named = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
     return template if isinstance(template, str) else None

@@ -18,13 +18,11 @@ def main(gguf_path: Path, checkpoint_dir: Path, dtype: Literal["float32", "float
     import torch
 
     from lit_gpt import checkpoint, files
-    from lit_gpt.families import read_hf_config
     from lit_gpt.interop.gguf import open_gguf
     from lit_gpt.report import Progress
 
     with open_gguf(gguf_path) as source:
-        config = read_hf_config(source.hf_config)
-        config.name = checkpoint_dir.name
+        source.config.name = checkpoint_dir.name
         source.write_tokenizer(checkpoint_dir)
         hf_config = {**source.hf_config, "torch_dtype": dtype}
         files.save_text(checkpoint_dir / files.HF_CONFIG, json.dumps(hf_config, indent=2) + "\n")
@@ -32,7 +30,7 @@ def main(gguf_path: Path, checkpoint_dir: Path, dtype: Literal["float32", "float
         files.save_text(checkpoint_dir / "generation_config.json", generation + "\n")
         with Progress(f"converting {gguf_path.name}", 1) as progress:
             share = lambda done, total: progress.update(done / total)  # noqa: E731
-            checkpoint.convert(source, config, checkpoint_dir, getattr(torch, dtype), share)
+            checkpoint.convert(source, source.config, checkpoint_dir, getattr(torch, dtype), share)
     print(f"wrote {checkpoint_dir / files.LIT_MODEL}")
 
 

@@ -132,7 +132,7 @@ def test_data_of_another_tokenizer_is_refused(prepared: Path, stories: Path, tmp
     meta = json.loads((prepared / "meta.json").read_text())
     (tmp_path / "meta.json").write_text(json.dumps({**meta, "tokenizer": "other"}))
     with pytest.raises(ValueError, match="prepare it again"):
-        data.open_prepared(tmp_path, Tokenizer(stories), 512)
+        data.open_prepared(tmp_path, Tokenizer(stories), 512, 512)
 
 
 def test_the_template_is_alpacas() -> None:

@@ -159,10 +159,8 @@ def test_kept_weights_give_the_same_model_and_go_stale(kind: str, tmp_path: Path
     with torch.no_grad():
         fresh = checkpoint.load_model(tmp_path / "m", torch.float32, quantize=kind)(tokens)
         load_script("scripts/quantize_checkpoint").main(checkpoint_dir=tmp_path / "m", quantize=kind)
-        (tmp_path / "m" / "model.safetensors").rename(tmp_path / "moved")
-        (tmp_path / "m" / "model.safetensors").symlink_to(
-            tmp_path / "moved"
-        )  # the same file, but nobody needs to read it
+        moved = (tmp_path / "m" / "model.safetensors").rename(tmp_path / "m" / "moved")
+        (tmp_path / "m" / "model.safetensors").symlink_to(moved)  # the same file, but nobody needs to read it
         kept = checkpoint.load_model(tmp_path / "m", torch.float32, quantize=kind)(tokens)
     # Weights that stay unquantized are kept in bfloat16.
     assert (kept - fresh).abs().max() < 0.2

@@ -20,7 +20,7 @@ from lit_gpt.families import (
     smollm3,
     stablelm,
 )
-from lit_gpt.families.table import Family, HFConfig
+from lit_gpt.families.table import Family, HFConfig, check_types
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -54,11 +54,18 @@ ALIASES = {  # the original's names of repositories that are called otherwise
 
 
 def read_hf_config(hf: HFConfig) -> Config:
-    """The Config that an HF `config.json` describes. Raises ValueError for an architecture that is not known."""
+    """The Config that an HF `config.json` describes.
+
+    Raises ValueError for an architecture that is not known, and for sizes and settings that make no model.
+    """
+    check_types(hf)
     model_type = hf.get("model_type")
     for family in FAMILIES.values():
         if model_type in family.model_types:
-            return family.read(hf)
+            try:
+                return family.read(hf)
+            except (ArithmeticError, KeyError, TypeError) as error:  # numbers beyond all bounds; a nested key or type
+                raise ValueError(f"config.json makes no sense ({type(error).__name__}: {error})") from error
     known = sorted(name for family in FAMILIES.values() for name in family.model_types)
     raise ValueError(f"config.json: unknown model_type {model_type!r}; known are {', '.join(known)}")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lit_gpt.config import Config
+from lit_gpt.config import Activation, Config
 
 HFConfig = dict[str, Any]
 
@@ -79,7 +79,7 @@ class Family:
 
 # --- reading config.json ------------------------------------------------------------------------------------------
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
     "relu": "relu",
@@ -92,6 +92,30 @@ HF_ACTIVATIONS = {"silu": "silu", "relu": "relu", "gelu": "gelu", "gelu_tanh": "
 OLD_HF_ACTIVATIONS = {**HF_ACTIVATIONS, "gelu_tanh": "gelu_new"}  # how GPT-2 and Phi spell, and compute, the same
 
 
+HF_TYPES: dict[tuple[type, ...], str] = {  # what the keys hold that a family does more with than handing them to Config
+    (bool,): "alibi attention_bias bias mlp_bias multi_query new_decoder_architecture norm_topk_prob parallel_attn "
+    "qk_layernorm scale_attn_by_inverse_layer_idx scale_attn_weights tie_word_embeddings use_parallel_residual "
+    "use_qkv_bias use_sliding_window",
+    (dict,): "rope_parameters rope_scaling",
+    (list,): "layer_types mlp_only_layers no_rope_layers",
+    (str,): "activation activation_function hidden_act hidden_activation model_type",
+    (int,): "_sliding_window_pattern decoder_sparse_step max_position_embeddings max_window_layers "
+    "no_rope_layer_interval num_ln_in_parallel_attn original_max_position_embeddings sliding_window_pattern",
+    (int, float): "partial_rotary_factor query_pre_attn_scalar rope_local_base_freq rope_theta rotary_emb_base "
+    "rotary_pct",
+}
+
+
+def check_types(hf: HFConfig) -> None:
+    """Raises ValueError naming a key that holds something else than it should; null is the same as absent."""
+    for types, keys in HF_TYPES.items():
+        for key in keys.split():
+            value = hf.get(key)
+            if value is not None and type(value) not in types:
+                wanted = " or ".join(kind.__name__ for kind in types)
+                raise ValueError(f"config.json: {key} must be {wanted}, not {type(value).__name__}")
+
+
 def require(hf: HFConfig, *keys: str) -> Any:
     """The first of `keys` that the config has; ValueError if it has none."""
     for key in keys:
@@ -100,7 +124,7 @@ def require(hf: HFConfig, *keys: str) -> Any:
     raise ValueError(f"config.json has no {' or '.join(keys)}")
 
 
-def read_activation(hf: HFConfig, *keys: str) -> str:
+def read_activation(hf: HFConfig, *keys: str) -> Activation:
     name = require(hf, *(keys or ("hidden_act",)))
     if name not in ACTIVATIONS:
         raise ValueError(f"config.json: unknown activation {name!r}; known are {sorted(ACTIVATIONS)}")

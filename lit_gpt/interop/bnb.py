@@ -12,6 +12,7 @@ from lit_gpt.files import TensorSource
 from lit_gpt.quantization import Linear4bit
 
 STATE = ".quant_state.bitsandbytes__"  # between a weight's name and its levels, in the name of its description
+MOST_BYTES = 1 << 16  # of a description, which is a line of JSON
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")  # what else lies beside a weight
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 OTHERS = {  # `quant_method` in config.json -> how it keeps weights
@@ -61,9 +62,11 @@ class FourBitSource:
             name, found, levels = description.partition(STATE)
             if found:
                 try:
+                    if inner.metas[description].numel() > MOST_BYTES:
+                        raise ValueError(f"of {inner.metas[description].numel():,} bytes")
                     state = json.loads(bytes(inner.read(description).tolist()))
                     self.states[name] = self._checked(name, state, levels)
-                except (ValueError, TypeError, KeyError) as error:
+                except (ValueError, TypeError, KeyError, RecursionError) as error:
                     raise ValueError(f"{self.where}: {description} does not describe {name}: {error!r}") from error
                 for part in (description, *(f"{name}.{leaf}" for leaf in PARTS)):
                     metas.pop(part, None)

