@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow fuzz lint clean
+.PHONY: quickstart test test-slow test-faults fuzz lint clean
 
 quickstart: $(VENV)/.run
 	HF_HUB_OFFLINE=1 $(BIN)/python scripts/quickstart.py
@@ -16,6 +16,10 @@ test: $(VENV)/.test
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
+
+# Kills, full disks, damaged files, a soak: what tutorials/reliability.md promises. About ten minutes.
+test-faults: $(VENV)/.test
+	$(BIN)/python -m pytest -s -m 'slow or not slow' tests/test_resume.py tests/test_faults.py
 
 # Tens of thousands of damaged and hostile files for the readers; FUZZ=10000 makes it ten times as many.
 fuzz: $(VENV)/.test

@@ -18,6 +18,8 @@ def main(
     devices: int = 1,
     num_nodes: int = 1,
     seed: int = 1337,
+    resume: bool | str | None = None,
+    resume_override: bool = False,
 ) -> None:
     """Fine-tune all weights of a model.
 
@@ -35,6 +37,8 @@ def main(
         devices: Accelerators (or CPU processes) to train on.
         num_nodes: Machines to train on.
         seed: Of the rows' order.
+        resume: true continues OUT_DIR's run exactly; auto too, or begins one; false replaces it; or a folder or state.
+        resume_override: Continue with other settings too, though the result is not that of either.
     """
     settings = dict(locals())  # what --config reads back
 

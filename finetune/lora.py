@@ -28,6 +28,8 @@ def main(
     devices: int = 1,
     num_nodes: int = 1,
     seed: int = 1337,
+    resume: bool | str | None = None,
+    resume_override: bool = False,
 ) -> None:
     """Fine-tune a model with LoRA.
 
@@ -54,6 +56,8 @@ def main(
         devices: Accelerators (or CPU processes) to train on.
         num_nodes: Machines to train on.
         seed: Of the rows' order, the factors and the dropout.
+        resume: true continues OUT_DIR's run exactly; auto too, or begins one; false replaces it; or a folder or state.
+        resume_override: Continue with other settings too, though the result is not that of either.
     """
     settings = dict(locals())  # what --config reads back
 
@@ -68,18 +72,16 @@ def main(
     job = Job(data_dir, checkpoint_dir, out_dir, train, eval, adapter, {**settings, "precision": kind.name})
     fabric = runtime.launch(kind, devices, num_nodes)
     fabric.seed_everything(seed, verbose=False)
-    model = checkpoint.load_model(
-        checkpoint_dir, kind.frozen, norm_dtype=kind.trained, device=fabric.device, quantize=bits
-    )
+    how = {"norm_dtype": kind.trained, "device": fabric.device, "quantize": bits}
+    model = checkpoint.load_model(checkpoint_dir, kind.frozen, **how)
     lora.attach(model, adapter)
     if activation_checkpointing:
         runtime.checkpoint_activations(model)
-    base = checkpoint.fingerprint(checkpoint_dir)
 
     def save(path: Path, run: Run) -> None:
-        told = {"base_name": model.config.name, "base_fingerprint": base, "prompt_style": job.meta["prompt_style"]}
-        state = lora.adapter_state(model)
-        checkpoint.Adapter(state, adapter, **told, precision=kind.name, quantize=bits, step=run.step).save(path)
+        base = {"base_name": model.config.name, "base_fingerprint": job.base_fingerprint}
+        told = {"prompt_style": job.meta["prompt_style"], "precision": kind.name, "quantize": bits, "step": run.step}
+        checkpoint.Adapter(lora.adapter_state(model), adapter, **base, **told).save(path)
 
     job.run(fabric, model, save, checkpoint.files.ADAPTER)
 

@@ -1,6 +1,7 @@
 """The grouped flags of the finetune scripts. Free of torch, so that a mistyped flag answers at once."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,10 @@ class TrainArgs:
         packing: Lay rows end to end instead of padding them, as many as the `micro_batch_size` longest would fill;
             changes speed, not the result.
         save_interval: Optimizer steps between periodic checkpoints; 0 keeps only the final one.
+        keep_last: Of the periodic checkpoints keep so many; 0 keeps all.
+        keep_best: Keep the weights with the lowest validation loss too, as best-ckpt.pth.
         log_interval: Optimizer steps between two rows of metrics.csv.
+        on_nan: What a loss that is no finite number does: stop the run, or skip the step.
     """
 
     learning_rate: float = 3e-4
@@ -36,13 +40,16 @@ class TrainArgs:
     max_norm: float = 1.0
     packing: bool = True
     save_interval: int = 100
+    keep_last: int = 2
+    keep_best: bool = False
     log_interval: int = 1
+    on_nan: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
         for name in ("global_batch_size", "micro_batch_size", "epochs", "log_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--train.{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("learning_rate", "min_lr", "weight_decay", "max_norm", "save_interval"):
+        for name in ("learning_rate", "min_lr", "weight_decay", "max_norm", "save_interval", "keep_last"):
             if not getattr(self, name) >= 0:  # catches NaN too
                 raise ValueError(f"--train.{name} must not be negative, and is {getattr(self, name)}")
         for name, least in (("max_steps", 1), ("max_seq_length", 2), ("lr_warmup_steps", 0)):

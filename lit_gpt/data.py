@@ -4,8 +4,10 @@ A prepared set is a folder with `train.pt`, `test.pt` and `meta.json`. A `.pt` h
 opens at once at any size: `tokens` (all rows end to end), `offsets` (n_rows + 1) and `prompt_lengths` (n_rows).
 """
 
+import hashlib
 import json
 import math
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -258,6 +260,15 @@ class PreparedSet:
         self.tokens, self.offsets = state["tokens"], state["offsets"]
         self.prompt_lengths = state["prompt_lengths"]
         self.path, self.mask_inputs, self.max_length, self.vocab_size = path, mask_inputs, max_length, vocab_size
+
+    def fingerprint(self) -> str:
+        """Tells two sets apart: their tokens, rows and prompts, and what is learned of them.
+
+        The file's own checksums are taken for its parts, so that a large set is not read for it.
+        """
+        with zipfile.ZipFile(self.path) as archive:
+            parts = [(Path(part.filename).parts[1:], part.CRC, part.file_size) for part in archive.infolist()]
+        return hashlib.sha256(repr((self.mask_inputs, sorted(parts))).encode()).hexdigest()[:32]
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import hashlib
 import json
 import os
 import pickletools
@@ -10,7 +11,7 @@ import shutil
 import struct
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -24,6 +25,8 @@ FINETUNED = "lit_model_finetuned.pth"
 HYPERPARAMETERS = "hyperparameters.yaml"
 METRICS = "metrics.csv"
 REPORT = "report.json"
+BEST = "best-ckpt.pth"
+LOCK = "run.lock"
 PROMPT_STYLE = "prompt_style.json"
 DOWNLOADING = ".downloading"  # lies in a folder from before its first file comes until after the last is checked
 COMPANIONS = (  # what a model needs beside its weights; copied along whenever a model is written
@@ -61,6 +64,18 @@ def periodic_name(iteration: int) -> str:
     return f"iter-{iteration:06d}-ckpt.pth"
 
 
+def state_name(step: int) -> str:
+    """Name of a training state, which a run continues from; counts optimizer steps."""
+    return f"step-{step:06d}-state.pth"
+
+
+def numbered(folder: Path, name: Callable[[int], str]) -> dict[int, Path]:
+    """The files of a folder that `periodic_name` or `state_name` has named, by their number, in its order."""
+    before, after = name(0).split("000000")
+    found = [(path.name.removeprefix(before).removesuffix(after), path) for path in folder.glob(f"{before}*{after}")]
+    return dict(sorted((int(number), path) for number, path in found if number.isdigit()))
+
+
 def quantized_name(kind: str) -> str:
     """Name of the quantized weights that may lie beside a checkpoint; the number is the layout's version."""
     return f"quantized-{kind}-v1.pth"
@@ -91,10 +106,44 @@ def sync_folder(folder: Path) -> None:
     os.close(opened)
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """`torch.save`, atomically."""
-    with atomically(path) as temporary:
-        torch.save(state, temporary)
+def save(path: Path, state: dict[str, Any], *, sealed: bool = False) -> None:
+    """`torch.save`, atomically; `sealed` with a checksum behind it, for `load_sealed`. Raises OSError."""
+    with atomically(path) as temporary, open(temporary, "wb") as file:
+        digest = _save_into(file, state)
+        if sealed:
+            file.write(digest)
+
+
+def _save_into(file: BinaryIO, state: dict[str, Any]) -> bytes:
+    """`torch.save` into an open file; returns the SHA-256 of what was written. An OSError comes out as itself."""
+    writer = _Writer(file)
+    try:
+        torch.save(state, writer)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        raise writer.error or error from error
+    return writer.digest.digest()
+
+
+class _Writer:
+    """Passes on what it is given, with a running checksum.
+
+    It remembers an error, after which torch would still write the file's end, and complain of that instead.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.digest = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def save_text(path: Path, text: str) -> None:
@@ -113,8 +162,11 @@ def save_streamed(path: Path, metas: Mapping[str, torch.Tensor], tensors: Iterab
     with FakeTensorMode():
         hollow = {name: torch.empty(meta.shape, dtype=meta.dtype) for name, meta in metas.items()}
     with atomically(path) as temporary:
-        with torch.serialization.skip_data(materialize_fake_tensors=True):
-            torch.save(hollow, temporary)
+        try:
+            with torch.serialization.skip_data(materialize_fake_tensors=True):
+                torch.save(hollow, temporary)
+        except RuntimeError as error:  # all that torch says of a disk that is full
+            raise OSError(f"{path} cannot be written, most likely for want of space ({error})") from error
         with zipfile.ZipFile(temporary) as archive:
             records = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
         waiting = {name: records[f"data/{index}"] for index, name in enumerate(hollow)}
@@ -205,6 +257,21 @@ def load_dict(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     if (claimed := sum(tensor.nbytes for tensor in _tensors(state))) > 2 * path.stat().st_size:
         raise ValueError(f"{path} is no larger than {path.stat().st_size:,} bytes, and claims tensors of {claimed:,}")
     return state
+
+
+def load_sealed(path: Path) -> dict[str, Any]:
+    """What `save(..., sealed=True)` wrote, mapped. Raises ValueError if a single bit of the file has changed."""
+    size = hashlib.sha256().digest_size
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    with open(path, "rb") as file:
+        digest, left = hashlib.sha256(), os.fstat(file.fileno()).st_size - size
+        while left > 0 and (piece := file.read(min(left, 1 << 20))):
+            digest.update(piece)
+            left -= len(piece)
+        if left or file.read() != digest.digest():
+            raise ValueError(f"{path} is damaged: its checksum is not that of its content")
+    return load_dict(path, mmap=True)
 
 
 def _strange(path: Path) -> str | None:

@@ -1,12 +1,21 @@
 """What a run tells its user: progress on the terminal, a row of metrics per step, and a closing summary."""
 
 import csv
+import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from lit_gpt import files
+
+
+def say(*lines: str) -> None:
+    """Lines on stderr, at once; empty ones are left out."""
+    for line in filter(None, lines):
+        print(line, file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -22,8 +31,9 @@ class Progress:
     The first lines wait: work that is over in two seconds says nothing.
     """
 
-    def __init__(self, title: str, total: float, *, every_s: float = 10.0, enabled: bool = True):
-        self.title, self.total, self.every_s, self.enabled = title, total, every_s, enabled
+    def __init__(self, title: str, total: float, *, begun: float = 0.0, every_s: float = 10.0, enabled: bool = True):
+        """`begun` is what of the total was done before."""
+        self.title, self.total, self.begun, self.every_s, self.enabled = title, total, begun, every_s, enabled
         self.started = time.monotonic()
         self._said = self.started + 2.0 - every_s
         self._bar: Any = None
@@ -42,7 +52,7 @@ class Progress:
                 TextColumn("{task.fields[figures]}"),
             )
             self._bar = Bar(*columns, *times, console=Console(stderr=True))
-            self._task = self._bar.add_task(self.title, total=self.total, figures="")
+            self._task = self._bar.add_task(self.title, total=self.total, completed=self.begun, figures="")
             self._bar.start()
         return self
 
@@ -54,7 +64,7 @@ class Progress:
         elif self.enabled and (now - self._said >= self.every_s or (done >= self.total and self._said > self.started)):
             self._said = now
             share = done / self.total if self.total else 1.0
-            left = (now - self.started) * (1 - share) / share if share > 0 else 0.0
+            left = (now - self.started) * (self.total - done) / (done - self.begun) if done > self.begun else 0.0
             parts = [f"{self.title} {share:4.0%}", figures, f"{duration(left)} left" if share < 1 else "done"]
             print(" | ".join(part for part in parts if part), file=sys.stderr, flush=True)
 
@@ -75,17 +85,24 @@ class Metrics:
 
     COLUMNS = ("step", "iteration", "epoch", "tokens", "loss", "val_loss", "learning_rate", "grad_norm", "tokens_per_s")
 
-    def __init__(self, path: Path, *, enabled: bool = True):
+    def __init__(self, path: Path, *, begun: str = "", enabled: bool = True):
+        """`begun` is the text that a run which is continued had written."""
         self.path, self.enabled = path, enabled
         if enabled:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerow(self.COLUMNS)
+            files.save_text(path, begun or ",".join(self.COLUMNS) + "\r\n")
 
     def write(self, **values: float) -> None:
         if self.enabled:
             with open(self.path, "a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, self.COLUMNS).writerow(values)
+
+    def flush(self) -> int:
+        """See that all rows are on the disk; returns the file's size in bytes."""
+        if not self.enabled:
+            return 0
+        with open(self.path, "ab") as file:
+            os.fsync(file.fileno())
+            return file.tell()
 
 
 def table(rows: Sequence[tuple[str, ...]], title: str = "") -> str:

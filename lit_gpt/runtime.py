@@ -80,12 +80,21 @@ def launch(precision: Precision, devices: int | str = 1, num_nodes: int = 1) -> 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # Fabric's "true" plugins would round the LoRA factors too: the weights come in the right dtype, so none is needed.
     plugin = MixedPrecision(precision.name, device) if precision.mixed else WeightsAsTheyAre()  # type: ignore[arg-type]
-    many = num_nodes > 1 or devices not in (1, "1")
-    fabric = Fabric(
-        accelerator=device, devices=devices, num_nodes=num_nodes, strategy="ddp" if many else "auto", plugins=plugin
-    )
+    strategy = "ddp" if is_spread(devices, num_nodes) else "auto"
+    fabric = Fabric(accelerator=device, devices=devices, num_nodes=num_nodes, strategy=strategy, plugins=plugin)
     fabric.launch()
     return fabric
+
+
+def is_first_process(devices: int | str, num_nodes: int) -> bool:
+    """Whether `launch` will give this process rank 0, whoever starts the others."""
+    ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+    return not is_spread(devices, num_nodes) or all(os.environ.get(name, "0") == "0" for name in ranks)
+
+
+def is_spread(devices: int | str, num_nodes: int) -> bool:
+    """Whether a run has more than one process."""
+    return num_nodes > 1 or devices not in (1, "1")
 
 
 def checkpoint_activations(model: "GPT") -> None:

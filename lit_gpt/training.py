@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,12 +46,14 @@ def permutation(n_rows: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(n_rows, generator=generator).tolist()
 
 
-def step_rows(n_rows: int, args: TrainArgs, seed: int) -> Iterator[tuple[int, list[int]]]:
-    """The epoch and the rows of each optimizer step, in order, epoch after epoch."""
-    for epoch in range(args.epochs):
+def step_rows(n_rows: int, args: TrainArgs, seed: int, first: int = 0) -> Iterator[list[int]]:
+    """The rows of each optimizer step from the one with number `first`, in order, epoch after epoch."""
+    first_epoch, skipped = divmod(first, steps_per_epoch(n_rows, args))
+    for epoch in range(first_epoch, args.epochs):
         order = permutation(n_rows, seed, epoch)
-        for start in range(0, n_rows, args.global_batch_size):
-            yield epoch, order[start : start + args.global_batch_size]
+        for start in range(skipped * args.global_batch_size, n_rows, args.global_batch_size):
+            yield order[start : start + args.global_batch_size]
+        skipped = 0
 
 
 def micro_batches(data: PreparedSet, rows: Sequence[int], args: TrainArgs) -> Iterator[Batch]:
@@ -93,11 +95,18 @@ class StepResult:
 
 
 def train_step(
-    fabric: "Fabric", model: "Module", optimizer: "Optimizer", batches: Sequence[Batch], max_norm: float
+    fabric: "Fabric",
+    model: "Module",
+    optimizer: "Optimizer",
+    batches: Sequence[Batch],
+    max_norm: float,
+    *,
+    guarded: bool = False,
 ) -> StepResult:
     """One optimizer step on micro-batches of summed losses, whose mean over labelled tokens is taken once.
 
-    So the gradient does not depend on how rows are spread over micro-batches and devices.
+    So the gradient does not depend on how rows are spread over micro-batches and devices. A `guarded` step waits for
+    the loss, and changes nothing if that or the gradient is no finite number.
     """
     n_labels = over_devices(fabric, torch.tensor(float(sum(batch.n_labels for batch in batches)), device=fabric.device))
     total = torch.zeros((), device=fabric.device)
@@ -107,13 +116,18 @@ def train_step(
             # The devices' gradients will be averaged, so each loss counts world_size times.
             fabric.backward(loss * (fabric.world_size / n_labels.clamp(min=1)))
         total += loss.detach()
-    norm = torch.zeros(())
-    if max_norm:
-        clipped = fabric.clip_gradients(model, optimizer, max_norm=max_norm)
-        norm = clipped if clipped is not None else norm
-    optimizer.step()
+    norm = fabric.clip_gradients(model, optimizer, max_norm=max_norm or math.inf, error_if_nonfinite=False)
+    assert norm is not None
+    result = StepResult(over_devices(fabric, total), norm, n_labels)
+    if not guarded or is_scaled(fabric) or math.isfinite(float(result.loss + norm)):
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(over_devices(fabric, total), norm, n_labels)
+    return result
+
+
+def is_scaled(fabric: "Fabric") -> bool:
+    """Whether losses are scaled up, as 16-mixed has to: gradients then overflow at times, and no step is taken."""
+    return getattr(fabric.strategy.precision, "scaler", None) is not None
 
 
 def rehearse(fabric: "Fabric", model: "Module", batch: Batch) -> None:
@@ -154,16 +168,41 @@ def evaluate(fabric: "Fabric", model: "Module", data: PreparedSet, train: TrainA
     return loss / max(n_labels, 1)
 
 
+@torch.no_grad()
+def rows_without_loss(fabric: "Fabric", model: "Module", data: PreparedSet, rows: Sequence[int]) -> list[int]:
+    """Those of the rows whose loss, each by itself, is no finite number; all of them if each has one."""
+    model.eval()
+    losses = [float(summed_loss(fabric, model, data.batch([row], packing=False))) for row in rows]
+    model.train()
+    return [row for row, loss in zip(rows, losses, strict=True) if not math.isfinite(loss)] or list(rows)
+
+
+class Diverged(ValueError):
+    """The loss of a step, or its gradient, is no finite number; `rows` of the training data are to blame."""
+
+    def __init__(self, step: int, loss: float, grad_norm: float, rows: Sequence[int]):
+        self.step, self.rows = step, rows
+        what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient's norm is {grad_norm}"
+        shown = ", ".join(map(str, rows[:8])) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+        super().__init__(f"step {step}: the {what}; it comes from training row{'s' * (len(rows) > 1)} {shown}")
+
+
 @dataclass
 class Run:
-    """How far a run is, and its closing figures."""
+    """How far a run is, and its figures: all of the loop that a later process needs in order to go on."""
 
     step: int = 0
     iteration: int = 0  # micro-batches of one device
     tokens: int = 0
+    learning_rate: float = 0.0  # of the last step
     loss: float = float("nan")
     val_loss: float = float("nan")
+    best_val_loss: float = float("inf")
+    n_validations: int = 0
     seconds: float = 0.0  # spent training, without validation and saving
+    logged_tokens: int = 0  # these two as they were at the last row of metrics.csv
+    logged_seconds: float = 0.0
+    unlogged: dict[int, tuple[float, float, float]] = field(default_factory=dict)  # step -> loss, gradient norm, labels
 
     @property
     def tokens_per_s(self) -> float:
@@ -181,69 +220,103 @@ def fit(
     eval: EvalArgs,
     seed: int,
     metrics: Metrics,
+    run: Run | None = None,
     save: Callable[[Run], None] = lambda run: None,
-    sample: Callable[[int], str] = lambda number: "",
+    validated: Callable[[Run], str] = lambda run: "",
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Run:
-    """Train for `train.epochs` or `train.max_steps`; returns the run's figures.
+    """Train for `train.epochs` or `train.max_steps`, from where `run` is; returns the run's figures.
 
-    `save` is called every `save_interval` steps; `sample` gives the text that is printed with the n-th validation.
+    `save` is called every `save_interval` steps, after the last one, and when `stopping` tells to end early: before the
+    step is logged and validated, which a run that goes on from there does first. `validated` hears of each validation
+    and gives a text to print with it. Raises Diverged unless `train.on_nan` is `skip`.
     """
-    run, n_steps = Run(), total_steps(len(train_data), train)
-    n_validations = 0
+    run = run or Run()
+    n_rows, n_steps = len(train_data), total_steps(len(train_data), train)
+    taken: list[StepResult] = []  # since anyone looked
+    # Where the loss is read at every step anyway, a step that must not be taken is seen in time at no cost.
+    guarded = train.on_nan == "skip" or train.log_interval == 1 or fabric.device.type == "cpu"
     model.train()
-    with Progress("training", n_steps, enabled=fabric.is_global_zero) as progress:
+    with Progress("training", n_steps, begun=run.step, enabled=fabric.is_global_zero) as progress:
+
+        def settle() -> None:
+            """Wait for the steps taken, and look whether their losses are numbers."""
+            figures = [torch.stack((result.loss, result.grad_norm, result.n_labels)) for result in taken]
+            read = torch.stack(figures).tolist() if figures else []
+            for step, (loss, norm, n_labels) in enumerate(read, start=run.step - len(taken) + 1):
+                if math.isfinite(loss) and (math.isfinite(norm) or is_scaled(fabric)):
+                    run.unlogged[step] = (loss, norm, n_labels)
+                    continue
+                rows = next(step_rows(n_rows, train, seed, step - 1))
+                problem = Diverged(step, loss, norm, rows_without_loss(fabric, model, train_data, rows))
+                if train.on_nan == "stop":
+                    raise problem
+                progress.note(f"{problem}; skipped")
+            taken.clear()
 
         def validate() -> None:
-            nonlocal n_validations
             run.val_loss = evaluate(fabric, model, val_data, train, eval.max_iters)
             progress.note(f"step {run.step}: validation loss {run.val_loss:.4f}")
-            if text := sample(n_validations):
+            if text := validated(run):
                 progress.note(text)
-            n_validations += 1
+            run.n_validations += 1
 
-        if eval.initial_validation:
+        def validates() -> bool:
+            return bool(eval.interval) and run.step % eval.interval == 0 and run.step < n_steps
+
+        def logs() -> bool:
+            return run.step % train.log_interval == 0 or run.step == n_steps or validates()
+
+        def log() -> None:
+            """Write the row of metrics.csv for the steps since the last; validate where that is due."""
+            row: dict[str, float] = {
+                "step": run.step,
+                "iteration": run.iteration,
+                "epoch": (run.step - 1) // steps_per_epoch(n_rows, train),
+                "tokens": run.tokens,
+                "learning_rate": run.learning_rate,
+                "tokens_per_s": round((run.tokens - run.logged_tokens) / (run.seconds - run.logged_seconds), 1),
+            }
+            if run.unlogged:  # not all were skipped
+                losses, norms, n_labels = zip(*run.unlogged.values(), strict=True)
+                run.loss = sum(losses) / max(sum(n_labels), 1)
+                row |= {"loss": run.loss, "grad_norm": norms[-1]}
+            run.unlogged.clear()
+            run.logged_tokens, run.logged_seconds = run.tokens, run.seconds
+            progress.update(run.step, f"step {run.step}/{n_steps} loss {run.loss:.4f} {run.tokens_per_s:.0f} tokens/s")
+            if validates():
+                validate()
+                row["val_loss"] = run.val_loss
+            metrics.write(**row)
+
+        if run.step and logs():
+            log()
+        if run.step == 0 and eval.initial_validation:
             validate()
             metrics.write(step=0, iteration=0, epoch=0, tokens=0, val_loss=run.val_loss)
-        started = time.perf_counter()
-        since = (started, 0)  # time and tokens at the last log
-        sums: list[StepResult] = []
-        for epoch, rows in step_rows(len(train_data), train, seed):
-            if run.step == n_steps:
+        for rows in step_rows(n_rows, train, seed, run.step):
+            if run.step >= n_steps:
                 break
+            started = time.perf_counter()
             batches = list(micro_batches(train_data, rows[fabric.global_rank :: fabric.world_size], train))
             if not batches:  # fewer rows than devices in the last step of an epoch: take part, and ask nothing
                 batches = [train_data.batch(rows[:1], packing=train.packing).unlabelled()]
-            rate = learning_rate(run.step, n_steps, train)
+            run.learning_rate = learning_rate(run.step, n_steps, train)
             for group in optimizer.param_groups:
-                group["lr"] = rate
-            sums.append(train_step(fabric, model, optimizer, batches, train.max_norm))
+                group["lr"] = run.learning_rate
+            taken.append(train_step(fabric, model, optimizer, batches, train.max_norm, guarded=guarded))
             run.step += 1
             run.iteration += len(batches)
             run.tokens += train_data.n_tokens(rows)
-            validates = bool(eval.interval) and run.step % eval.interval == 0 and run.step < n_steps
-            if run.step % train.log_interval == 0 or run.step == n_steps or validates:
-                loss, n_labels = (float(sum(getattr(s, name) for s in sums)) for name in ("loss", "n_labels"))
-                run.loss = loss / max(n_labels, 1)
-                now = time.perf_counter()
-                speed = (run.tokens - since[1]) / (now - since[0])
-                run.seconds += now - since[0]
-                row: dict[str, float] = {
-                    "step": run.step,
-                    "iteration": run.iteration,
-                    "epoch": epoch,
-                    "tokens": run.tokens,
-                }
-                row |= {"loss": run.loss, "learning_rate": rate, "grad_norm": float(sums[-1].grad_norm)}
-                row["tokens_per_s"] = round(speed, 1)
-                sums.clear()
-                progress.update(
-                    run.step, f"step {run.step}/{n_steps} loss {run.loss:.4f} {run.tokens_per_s:.0f} tokens/s"
-                )
-                if validates:
-                    validate()
-                    row["val_loss"] = run.val_loss
-                metrics.write(**row)
-                since = (time.perf_counter(), run.tokens)
-            if train.save_interval and run.step % train.save_interval == 0 and run.step < n_steps:
+            ends = run.step < n_steps and stopping()
+            saves = ends or (train.save_interval and (run.step % train.save_interval == 0 or run.step == n_steps))
+            if saves or logs():
+                settle()
+            run.seconds += time.perf_counter() - started
+            if saves:
                 save(run)
+            if ends:
+                break
+            if logs():
+                log()
     return run

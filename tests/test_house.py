@@ -24,7 +24,8 @@ MAY_IMPORT = {  # what a room may import of the package; those not named see eve
     "ops": set(),
     "optimizers": {"quantization"},
     "prompts": set(),
-    "report": set(),
+    "report": {"files"},
+    "resume": {"files", "report", "training"},
     "rope": set(),
     "runtime": {"model"},  # for the type checker only
     "quantization": set(),
@@ -34,6 +35,7 @@ MAY_IMPORT = {  # what a room may import of the package; those not named see eve
     "lora": {"ops", "surgery"},
     "families": {"config", "families", "rope"},
     "generation": {"cache", "model"},
+    "training": {"args", "data", "report"},
     "data": {"checkpoint", "files", "model", "prompts", "tokenizer"},
 }
 

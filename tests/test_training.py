@@ -112,8 +112,9 @@ def test_every_row_once_per_epoch_in_an_order_of_the_seed() -> None:
     steps = list(step_rows(10, args, seed=1))
     assert len(steps) == total_steps(10, args) == 9
     for epoch in range(3):
-        rows = [row for e, batch in steps if e == epoch for row in batch]
-        assert sorted(rows) == list(range(10))
+        assert sorted(row for batch in steps[3 * epoch : 3 * epoch + 3] for row in batch) == list(range(10))
+    for first in range(10):
+        assert list(step_rows(10, args, seed=1, first=first)) == steps[first:]
     assert permutation(10, 1, 0) == permutation(10, 1, 0)
     assert permutation(10, 1, 0) != permutation(10, 1, 1)
     assert permutation(10, 1, 0) != permutation(10, 2, 0)
