@@ -7,9 +7,9 @@ opens at once at any size: `tokens` (all rows end to end), `offsets` (n_rows + 1
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ import torch
 from lit_gpt import checkpoint, files
 from lit_gpt.model import IGNORE_INDEX
 from lit_gpt.prompts import get_style
-from lit_gpt.report import Progress
 from lit_gpt.tokenizer import Tokenizer
 
 TRAIN, TEST, META = "train.pt", "test.pt", "meta.json"
@@ -109,35 +108,40 @@ class Encoded:
     n_truncated: int = 0
 
 
-def encode(records: Sequence[Record], tokenizer: Tokenizer, style: str, max_length: int) -> Encoded:
+def encode(
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    style: str,
+    max_length: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Encoded:
     """Tokenise every prompt, and every answer followed by the end-of-text token, thousands in one call.
 
     A row longer than `max_length` keeps its end-of-text token and loses the end of its answer; one whose prompt leaves
-    no room for an answer is refused by ValueError with its number.
+    no room for an answer is refused by ValueError with its number. `progress` hears the rows done so far.
     """
     render = get_style(style)
     tokens, lengths, prompt_lengths, n_truncated = [], [0], [], 0
-    with Progress("tokenising", len(records)) as progress:
-        for start in range(0, len(records), AT_ONCE):
-            part = records[start : start + AT_ONCE]
-            prompts = tokenizer.encode_batch([render(record["instruction"], record["input"]) for record in part])
-            answers = tokenizer.encode_batch([record["output"] for record in part], bos=False, eos=True)
-            flat: list[int] = []
-            for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), start=start + 1):
-                if len(prompt) + len(answer) > max_length:
-                    if len(prompt) + 2 > max_length:
-                        begins = records[number - 1]["instruction"][:60]
-                        raise ValueError(
-                            f"row {number}: the prompt alone has {len(prompt)} tokens and {max_length} are allowed; "
-                            f"shorten it or raise --max_seq_length (it begins {begins!r})"
-                        )
-                    n_truncated += 1
-                    answer = answer[: max_length - len(prompt) - 1] + answer[-1:]
-                flat += prompt + answer
-                lengths.append(len(prompt) + len(answer))
-                prompt_lengths.append(len(prompt))
-            tokens.append(torch.tensor(flat, dtype=torch.int32))
-            progress.update(start + len(part))
+    for start in range(0, len(records), AT_ONCE):
+        part = records[start : start + AT_ONCE]
+        prompts = tokenizer.encode_batch([render(record["instruction"], record["input"]) for record in part])
+        answers = tokenizer.encode_batch([record["output"] for record in part], bos=False, eos=True)
+        flat: list[int] = []
+        for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), start=start + 1):
+            if len(prompt) + len(answer) > max_length:
+                if len(prompt) + 2 > max_length:
+                    begins = records[number - 1]["instruction"][:60]
+                    raise ValueError(
+                        f"row {number}: the prompt alone has {len(prompt)} tokens and {max_length} are allowed; "
+                        f"shorten it or raise --max_seq_length (it begins {begins!r})"
+                    )
+                n_truncated += 1
+                answer = answer[: max_length - len(prompt) - 1] + answer[-1:]
+            flat += prompt + answer
+            lengths.append(len(prompt) + len(answer))
+            prompt_lengths.append(len(prompt))
+        tokens.append(torch.tensor(flat, dtype=torch.int32))
+        progress(start + len(part))
     counts = torch.tensor(prompt_lengths, dtype=torch.int32)
     return Encoded(torch.cat(tokens), torch.tensor(lengths).cumsum(0), counts, n_truncated)
 
@@ -151,15 +155,20 @@ def prepare(
     mask_inputs: bool,
     max_seq_length: int | None,
     style: str,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Tokenise both parts for the model in `checkpoint_dir` and write the prepared set; returns its meta data.
 
-    Nothing is written unless every row is good.
+    Nothing is written unless every row is good. `progress` hears the rows done and those to do.
     """
     config = checkpoint.load_config(checkpoint_dir)
     tokenizer = Tokenizer(checkpoint_dir)
     max_length = min(max_seq_length or config.block_size, config.block_size)
-    parts = {TRAIN: encode(train, tokenizer, style, max_length), TEST: encode(test, tokenizer, style, max_length)}
+    parts, before = {}, 0
+    for name, records in ((TRAIN, train), (TEST, test)):
+        hears = partial(lambda before, done: progress(before + done, len(train) + len(test)), before)
+        parts[name] = encode(records, tokenizer, style, max_length, hears)
+        before += len(records)
     meta: dict[str, Any] = {
         "prompt_style": style,
         "mask_inputs": mask_inputs,
@@ -234,13 +243,13 @@ def _problem(state: dict[str, Any]) -> str | None:
         return "its offsets do not rise from 0 to the number of tokens"
     if prompt_lengths.min() < 1 or (prompt_lengths >= lengths).any():
         return "a row has no prompt or no answer"
-    return "a token is negative" if tokens.min() < 0 else None
+    return None
 
 
 class PreparedSet:
     """Rows of one `.pt` of a prepared set, mapped from the disk."""
 
-    def __init__(self, path: Path, *, mask_inputs: bool, max_length: int):
+    def __init__(self, path: Path, *, mask_inputs: bool, max_length: int, vocab_size: int = 2**31):
         """Rows longer than `max_length` are cut but keep their last token. ValueError for another kind of file."""
         state = files.load_dict(path, mmap=True)
         if problem := _problem(state):
@@ -249,13 +258,15 @@ class PreparedSet:
             )
         self.tokens, self.offsets = state["tokens"], state["offsets"]
         self.prompt_lengths = state["prompt_lengths"]
-        self.path, self.mask_inputs, self.max_length = path, mask_inputs, max_length
+        self.path, self.mask_inputs, self.max_length, self.vocab_size = path, mask_inputs, max_length, vocab_size
 
     def fingerprint(self) -> str:
         """Tells two sets apart: their tokens, rows and prompts, and what is learned of them."""
         digest = hashlib.sha256(str(self.mask_inputs).encode())
         for tensor in (self.tokens, self.offsets, self.prompt_lengths):
-            digest.update(tensor.contiguous().numpy().data)
+            for piece in tensor.split(1 << 24):
+                digest.update(piece.numpy().data)
+                files.forget(piece)
         return digest.hexdigest()[:32]
 
     def __len__(self) -> int:
@@ -286,8 +297,16 @@ class PreparedSet:
         return int((self.prompt_lengths + 2 > self.max_length).sum()) if self.mask_inputs else 0
 
     def row(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and labels of a row, (T,) each: all but the last token, and what follows each."""
+        """Tokens and labels of a row, (T,) each: all but the last token, and what follows each.
+
+        Raises ValueError for a token that the model has no embedding of; looking at all at the start would read them.
+        """
         row = self.tokens[self.offsets[index] : self.offsets[index + 1]].long()
+        if row.min() < 0 or row.max() >= self.vocab_size:
+            raise ValueError(
+                f"{self.path}, row {index + 1}: its tokens lie between {int(row.min())} and {int(row.max())}, and the "
+                f"model has {self.vocab_size} embeddings; prepare the data again"
+            )
         if len(row) > self.max_length:
             row = torch.cat((row[: self.max_length - 1], row[-1:]))
         labels = row[1:].clone()
@@ -340,13 +359,5 @@ def open_prepared(
         )
     if missing := sorted(set(types) - set(meta)):
         raise ValueError(f"{data_dir / META} has no {', '.join(missing)}; prepare it again")
-    train, test = (
-        PreparedSet(data_dir / name, mask_inputs=meta["mask_inputs"], max_length=max_length) for name in (TRAIN, TEST)
-    )
-    for name, part in ((TRAIN, train), (TEST, test)):
-        if (largest := int(part.tokens.max())) >= vocab_size:
-            raise ValueError(
-                f"{data_dir / name} holds the token {largest}, and the model has {vocab_size} embeddings; "
-                "prepare it again"
-            )
-    return train, test, meta
+    how = {"mask_inputs": meta["mask_inputs"], "max_length": max_length, "vocab_size": vocab_size}
+    return PreparedSet(data_dir / TRAIN, **how), PreparedSet(data_dir / TEST, **how), meta

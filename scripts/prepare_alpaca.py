@@ -42,18 +42,21 @@ def main(
         prompt_style: Template around instruction and input.
     """
     from lit_gpt import data
+    from lit_gpt.report import Progress
 
     records = load(destination_path / data_file_name, data_file_url)
     train, test = data.split(records, test_split_fraction, seed)
-    meta = data.prepare(
-        train,
-        test,
-        destination_path,
-        checkpoint_dir,
-        mask_inputs=mask_inputs,
-        max_seq_length=max_seq_length,
-        style=prompt_style,
-    )
+    with Progress("tokenising", len(train) + len(test)) as progress:
+        meta = data.prepare(
+            train,
+            test,
+            destination_path,
+            checkpoint_dir,
+            mask_inputs=mask_inputs,
+            max_seq_length=max_seq_length,
+            style=prompt_style,
+            progress=lambda done, total: progress.update(done),
+        )
     print(data.summary(meta, destination_path))
 
 

@@ -33,21 +33,24 @@ def main(
         prompt_style: Template around instruction and input.
     """
     from lit_gpt import data
+    from lit_gpt.report import Progress
 
     train = data.read_records(json_path)
     if test_json_path is not None:
         test = data.read_records(test_json_path)
     else:
         train, test = data.split(train, test_split_fraction, seed)
-    meta = data.prepare(
-        train,
-        test,
-        destination_path,
-        checkpoint_dir,
-        mask_inputs=mask_inputs,
-        max_seq_length=max_seq_length,
-        style=prompt_style,
-    )
+    with Progress("tokenising", len(train) + len(test)) as progress:
+        meta = data.prepare(
+            train,
+            test,
+            destination_path,
+            checkpoint_dir,
+            mask_inputs=mask_inputs,
+            max_seq_length=max_seq_length,
+            style=prompt_style,
+            progress=lambda done, total: progress.update(done),
+        )
     print(data.summary(meta, destination_path))
 
 

@@ -386,8 +386,8 @@ def test_prepared_sets_of_other_shapes_are_refused(tmp_path: Path, change: dict[
         ("offsets", -1, 10**12, "offsets do not rise"),
         ("prompt_lengths", 0, 10**6, "no prompt or no answer"),
         ("prompt_lengths", 0, -5, "no prompt or no answer"),
-        ("tokens", 3, -1, "a token is negative"),
-        ("tokens", 3, 512, "holds the token 512, and the model has 512 embeddings"),
+        ("tokens", 3, -1, "row 1: its tokens lie between -1 and"),
+        ("tokens", 3, 512, "512, and the model has 512 embeddings"),
     ],
 )
 def test_prepared_sets_stay_within_their_tokens(tmp_path: Path, name: str, at: int, value: int, message: str) -> None:
@@ -396,7 +396,11 @@ def test_prepared_sets_stay_within_their_tokens(tmp_path: Path, name: str, at: i
     state = files.load_dict(folder / data.TRAIN)
     state[name][at] = value
     files.save(folder / data.TRAIN, state)
-    refused(lambda: data.open_prepared(folder, Tokenizer(folder), 64, TINY.vocab_size), data.TRAIN, message)
+
+    def read() -> None:
+        data.open_prepared(folder, Tokenizer(folder), 64, TINY.vocab_size)[0].row(0)
+
+    refused(read, data.TRAIN, message)
 
 
 @pytest.mark.parametrize(
