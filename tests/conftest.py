@@ -17,7 +17,9 @@ STORIES = ROOT / "tests" / "assets" / "stories260K"
 SHARED = ROOT.parent / "shared" / "data"
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-torch.set_num_threads(2)
+# The same number of threads here and in the scripts that tests run: sums of more threads are rounded otherwise.
+os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def load_script(name: str) -> ModuleType:

@@ -34,7 +34,7 @@ from lit_gpt import checkpoint, cli, data, files, lora
 from lit_gpt.args import EvalArgs, TrainArgs
 from lit_gpt.checkpoint import Adapter
 from lit_gpt.config import Config
-from lit_gpt.finetuning import to_yaml
+from lit_gpt.finetuning import plain, to_yaml
 from lit_gpt.interop.gguf import open_gguf
 from lit_gpt.lora import LoRASettings
 from lit_gpt.tokenizer import Tokenizer
@@ -190,7 +190,7 @@ READERS = {
     "hyperparameters": Reader(
         lambda f: (
             f.mkdir(),
-            (f / files.HYPERPARAMETERS).write_text(to_yaml({**SETTINGS, "train": TRAIN, "eval": EVAL})),
+            (f / files.HYPERPARAMETERS).write_text(to_yaml(plain({**SETTINGS, "train": TRAIN, "eval": EVAL}))),
         ),
         files.HYPERPARAMETERS,
         read_hyperparameters,
