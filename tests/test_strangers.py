@@ -1,5 +1,6 @@
 """What a hostile file could try, each thing by name; `test_fuzz.py` tries what nobody thought of."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -21,7 +22,7 @@ from test_checkpoint import Bomb, copy
 from test_fuzz import READERS, TINY, adapter, prepared, quantized, read_quantized, script, tiny_folder
 from test_gguf import write_gguf
 
-from lit_gpt import checkpoint, cli, data, files, lora, merging
+from lit_gpt import checkpoint, cli, data, files, lora, merging, resume
 from lit_gpt.checkpoint import Adapter
 from lit_gpt.config import ROPE_NEEDS, Activation, Config
 from lit_gpt.files import FolderSource
@@ -54,14 +55,22 @@ def load_prepared(folder: Path) -> object:
     return data.PreparedSet(folder / data.TRAIN, mask_inputs=True, max_length=64)
 
 
-QUANTIZED = files.quantized_name("bnb.int8")
+QUANTIZED, STATE = files.quantized_name("bnb.int8"), files.state_name(7)
 PICKLES = {
     files.LIT_MODEL: load,
     "pytorch_model.bin": load,
     files.ADAPTER: load_adapter,
     data.TRAIN: load_prepared,
     QUANTIZED: read_quantized,
+    STATE: resume.find,
 }
+
+
+def seal(path: Path) -> None:
+    """Whoever makes a training state makes its checksum too."""
+    if path.name == STATE:
+        content = path.read_bytes()
+        path.write_bytes(content + hashlib.sha256(content).digest())
 
 
 class Greedy:
@@ -86,6 +95,7 @@ def test_pickles_run_no_code_and_take_no_memory(tmp_path: Path, name: str, how: 
         torch.save(bomb, folder / name)
     else:
         (folder / name).write_bytes(pickle.dumps(bomb, protocol=2))
+    seal(folder / name)
     refused(lambda: PICKLES[name](folder), name, "was not loaded: it (holds objects|is a bare pickle)")
     assert not (tmp_path / "hit").exists()
 
@@ -98,6 +108,7 @@ def test_packed_archives_are_not_unpacked(tmp_path: Path, name: str) -> None:
     torch.save({"x": torch.zeros(5_000_000)}, folder / name)
     packed = change_record((folder / name).read_bytes(), lambda record: record, packing=zipfile.ZIP_DEFLATED)
     (folder / name).write_bytes(packed)
+    seal(folder / name)
     assert (folder / name).stat().st_size < 200_000
     refused(lambda: PICKLES[name](folder), name, "was not loaded: its records are packed")
 
