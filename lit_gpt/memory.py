@@ -28,7 +28,7 @@ from lit_gpt.model import GPT
 
 PARTS = ("program", "weights", "adapter", "gradients", "optimizer", "cache", "activations", "logits", "workspace")
 # What a CPU run was seen to hold beyond the count, 0.3 to 0.6 GB: glibc's heap has holes that no later block fits into,
-# and libraries grow once they work (benchmarks/planned_memory.py). Small runs, which make few holes: three times what passes.
+# and libraries grow once they work (benchmarks/planned_memory.py). Small runs leave fewer: three times what passes.
 CPU_HOLES = 400_000_000
 ROUNDING = 512  # bytes: what CUDA's allocator hands out is a multiple
 
