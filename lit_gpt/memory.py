@@ -127,13 +127,6 @@ class Setting:
     device: str = "cuda"  # or "cpu", where the program itself counts too
 
 
-def _plan(ledger: Ledger, device: str) -> Plan:
-    passing = sum(ledger.peak[part] for part in ("activations", "logits", "workspace"))
-    program = runtime.resident_bytes() + min(CPU_HOLES, 3 * passing) if device == "cpu" else 0
-    found = {**ledger.peak, "program": program}
-    return Plan({part: found[part] for part in PARTS if found.get(part)})
-
-
 @contextmanager
 def _counted(config: Config, setting: Setting) -> Iterator[tuple[GPT, Ledger]]:
     """The model as `checkpoint.load_model` makes it, with memory but without numbers, and the ledger that counts it."""
@@ -163,14 +156,19 @@ def _counted(config: Config, setting: Setting) -> Iterator[tuple[GPT, Ledger]]:
 SHALLOW, DEEPER = 2, 3  # layers
 
 
-def _by_depth(plan: Callable[[Config, Setting], Plan], config: Config, setting: Setting) -> Plan:
+def _by_depth(count: Callable[[Config, Setting], Counter[str]], config: Config, setting: Setting) -> Plan:
     """The plan of two shallow models, drawn out to the whole depth: what a layer adds is the same for each."""
     per_layer = (config.sliding_layers, config.rope_layers, config.moe_layers)
     if config.n_layer <= DEEPER or any(layers is not None and len(set(layers)) > 1 for layers in per_layer):
-        return plan(config, setting)
-    small, large = (plan(replace(config, n_layer=n), setting).parts for n in (SHALLOW, DEEPER))
-    more = config.n_layer - DEEPER
-    return Plan({part: size + more * (size - small.get(part, 0)) for part, size in large.items()})
+        found = dict(count(config, setting))
+    else:
+        small, large = (count(replace(config, n_layer=n), setting) for n in (SHALLOW, DEEPER))
+        more = config.n_layer - DEEPER
+        found = {part: size + more * (size - small[part]) for part, size in large.items()}
+    if setting.device == "cpu":
+        passing = sum(found.get(part, 0) for part in ("activations", "logits", "workspace"))
+        found["program"] = runtime.resident_bytes() + min(CPU_HOLES, 3 * passing)
+    return Plan({part: found[part] for part in PARTS if found.get(part)})
 
 
 def plan_training(config: Config, setting: Setting) -> Plan:
@@ -183,7 +181,7 @@ def plan_inference(config: Config, setting: Setting, new_tokens: int = 100) -> P
     return _by_depth(partial(_inference, new_tokens=new_tokens), config, setting)
 
 
-def _training(config: Config, setting: Setting) -> Plan:
+def _training(config: Config, setting: Setting) -> Counter[str]:
     with _counted(config, setting) as (model, ledger):
         ledger.part = "adapter"
         if setting.lora is None:
@@ -207,11 +205,11 @@ def _training(config: Config, setting: Setting) -> Plan:
         with runtime.autocast(setting.precision, "cpu"):
             model(tokens, labels=tokens, where=where, lengths=lengths).backward()
         del state
-        return _plan(ledger, setting.device)
+        return ledger.peak
 
 
 @torch.no_grad()
-def _inference(config: Config, setting: Setting, new_tokens: int) -> Plan:
+def _inference(config: Config, setting: Setting, new_tokens: int) -> Counter[str]:
     with _counted(config, setting) as (model, ledger):
         model.eval()
         ledger.part = "adapter"
@@ -223,7 +221,7 @@ def _inference(config: Config, setting: Setting, new_tokens: int) -> Plan:
         with runtime.autocast(setting.precision, "cpu"):
             prefill(model, [prompt], cache, torch.device("cpu"))
             decode_step(model, torch.zeros(1, 1, dtype=torch.long), cache)
-        return _plan(ledger, setting.device)
+        return ledger.peak
 
 
 def remedies(setting: Setting) -> Iterator[tuple[str, Setting]]:

@@ -66,9 +66,17 @@ def test_quantized_weights_take_their_bits() -> None:
 )
 def test_shallow_models_tell_of_deep_ones(setting: Setting) -> None:
     quick, whole = memory.plan_training(SMALL, setting), memory._training(SMALL, setting)
-    for part, size in whole.parts.items():
-        if part != "program":
+    for part, size in whole.items():
+        if size:
             assert quick.parts[part] == pytest.approx(size, rel=0.01)
+
+
+def test_the_program_is_counted_once_however_deep_the_model() -> None:
+    deep, deeper = (
+        memory.plan_training(replace(SMALL, n_layer=n), Setting(FULL, rows=(100,), device="cpu")) for n in (20, 40)
+    )
+    holes = 3 * (deeper.parts["activations"] - deep.parts["activations"])
+    assert deeper.parts["program"] - deep.parts["program"] < holes + 10_000_000
 
 
 def test_a_real_step_on_this_machine_holds_what_was_planned() -> None:
