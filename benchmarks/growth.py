@@ -1,6 +1,6 @@
 """How cost grows: a step's time and memory with the length of its rows, and a run's start with the number of rows.
 
-Usage: python benchmarks/growth.py   (after `make quickstart` has fetched the model; three minutes)
+Usage: python benchmarks/growth.py   (after `make quickstart` has fetched the model; six minutes)
 Each micro-batch holds 4,096 tokens, in rows of one length. What attention takes is found by leaving it out.
 """
 
