@@ -17,9 +17,9 @@ test: $(VENV)/.test
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
 
-# Kills, full disks, damaged files, a soak: what tutorials/reliability.md promises. About ten minutes.
+# Kills, full disks, damaged files, a soak: what tutorials/reliability.md promises. About six minutes.
 test-faults: $(VENV)/.test
-	$(BIN)/python -m pytest -s -m 'slow or not slow' tests/test_resume.py tests/test_faults.py
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'slow or not slow' tests/test_resume.py tests/test_faults.py
 
 # Tens of thousands of damaged and hostile files for the readers; FUZZ=10000 makes it ten times as many.
 fuzz: $(VENV)/.test

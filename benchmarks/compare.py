@@ -2,7 +2,7 @@
 
 Usage: python benchmarks/compare.py PEERS DATA.json [ROUNDS]
 PEERS is a folder that `bash benchmarks/peers/setup.sh PEERS` has made; DATA.json has Alpaca's fields. SmolLM2-135M must
-have been fetched (`make quickstart`). Ten minutes a round on two cores. Nothing else should run meanwhile.
+have been fetched (`make quickstart`). Six minutes a round on two cores. Nothing else should run meanwhile.
 """
 
 import json

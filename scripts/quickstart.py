@@ -22,7 +22,7 @@ def main(
 ) -> None:
     """The whole job on the real SmolLM2-135M; each step is a command that you could type.
 
-    It takes about seven minutes on two cores.
+    It takes seven to ten minutes on two cores.
 
     Args:
         checkpoint_dir: Where the model goes.

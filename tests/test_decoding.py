@@ -47,6 +47,16 @@ def test_a_layer_keeps_its_bias_and_larger_batches_take_the_other_way() -> None:
     assert torch.equal(fast(x), layer(x))  # in float32 nothing changes
 
 
+@needs_kernel
+@torch.no_grad()
+def test_tokens_that_do_not_lie_end_to_end_are_read_right() -> None:
+    layer = quantization.quantize(torch.randn(512, 64), "bnb.nf4")
+    fast = decoding.FewTokensLinear4bit(layer)  # type: ignore[arg-type]
+    x = torch.randn(64, 8).bfloat16().t()
+    assert not x.is_contiguous()
+    assert torch.equal(fast(x), fast(x.contiguous()))
+
+
 def test_rows_that_are_no_whole_blocks_do_not_fit() -> None:
     layer = quantization.quantize(torch.randn(4, 96), "bnb.nf4")
     assert not decoding.FewTokensLinear4bit.fits(layer)  # type: ignore[arg-type]

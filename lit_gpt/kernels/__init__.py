@@ -56,10 +56,10 @@ def few_tokens_4bit(
     """
     library = few_tokens()
     assert library is not None, "ask few_tokens() first"
-    m, k = x.shape
+    x, (m, k) = x.contiguous(), x.shape  # a copy has to live until the call is over
     n = codes.numel() * 2 // k
     y = torch.empty(m, n, dtype=torch.bfloat16)
-    pointers = [t.data_ptr() for t in (x.contiguous(), codes, scales, levels, y)]
+    pointers = [t.data_ptr() for t in (x, codes, scales, levels, y)]
     failed = library.few_tokens_4bit(m, n, k, block, *pointers, torch.get_num_threads())
     assert not failed, f"{m} tokens are too many, or there is no memory"
     return y
