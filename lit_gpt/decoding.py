@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from lit_gpt import kernels
+from lit_gpt.kernels import few_tokens
 from lit_gpt.ops import autocast_dtype
 from lit_gpt.quantization import Linear4bit, levels_of
 from lit_gpt.surgery import swap
@@ -40,15 +40,15 @@ class FewTokensLinear4bit(nn.Module):
     def fits(layer: Linear4bit) -> bool:
         """Whether the kernel is there, and right for this layer."""
         whole = layer.in_features % layer.block == 0 and layer.block % 64 == 0
-        return whole and layer.weight.device.type == "cpu" and kernels.few_tokens() is not None
+        return whole and layer.weight.device.type == "cpu" and few_tokens.available()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         dtype = autocast_dtype(x)
         flat = x.flatten(0, -2)
-        if torch.is_grad_enabled() or dtype != torch.bfloat16 or len(flat) > kernels.MOST_TOKENS:
+        if torch.is_grad_enabled() or dtype != torch.bfloat16 or len(flat) > few_tokens.MOST_TOKENS:
             return self.layer(x)
         layer = self.layer
-        y = kernels.few_tokens_4bit(flat.to(dtype), layer.weight, self.scales, self.levels, layer.block)
+        y = few_tokens.product_4bit(flat.to(dtype), layer.weight, self.scales, self.levels, layer.block)
         return (y if layer.bias is None else y + layer.bias.to(dtype)).view(*x.shape[:-1], -1)
 
 
@@ -67,7 +67,7 @@ def lay_out(model: nn.Module) -> None:
         lambda name, module: isinstance(module, Linear4bit) and FewTokensLinear4bit.fits(module),
         lambda name, module: FewTokensLinear4bit(module),  # type: ignore[arg-type]
     )
-    if kernels.few_tokens() is None:
+    if not few_tokens.available():
         for module in model.modules():
             if isinstance(module, Linear4bit):
                 module.pack()

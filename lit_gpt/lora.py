@@ -100,28 +100,28 @@ class _Update(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y, x, a, b, scaling, p):
-        mask = ops.dropout_mask(x, p) if p else None
+        drawn = ops.draw_dropout(x, p) if p else None
         a_used, b_used = (a / (1 - p)).to(x.dtype), (b * scaling).to(x.dtype)
-        seen = x if mask is None else x * mask
+        seen = x if drawn is None else ops.dropped(x, drawn, p)
         low = F.linear(seen.flatten(0, -2), a_used)  # (n, r)
         y.flatten(0, -2).addmm_(low, b_used.t())
-        ctx.save_for_backward(x, mask, low, a_used, b_used)
+        ctx.save_for_backward(x, drawn, low, a_used, b_used)
         ctx.scaling, ctx.p = scaling, p
         ctx.mark_dirty(y)
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, mask, low, a_used, b_used = ctx.saved_tensors
+        x, drawn, low, a_used, b_used = ctx.saved_tensors
         flat = grad.flatten(0, -2)
         d_low = flat @ b_used
         d_b = (flat.t() @ low).float().mul_(ctx.scaling)
-        seen = x if mask is None else x * mask
+        seen = x if drawn is None else ops.dropped(x, drawn, ctx.p)
         d_a = (d_low.t() @ seen.flatten(0, -2)).float().div_(1 - ctx.p)
         d_x = None
         if ctx.needs_input_grad[1]:
             d_x = (d_low @ a_used).view(x.shape)
-            d_x = d_x if mask is None else d_x.mul_(mask)
+            d_x = d_x if drawn is None else ops.dropped(d_x, drawn, ctx.p, inplace=True)
         return grad, d_x, d_a, d_b, None, None
 
 

@@ -170,7 +170,7 @@ class Attention(nn.Module):
         window = config.window(self.layer)
         if config.rotates(self.layer):
             cos, sin = rotations[window is not None and True in rotations]
-            q, k = rope.rotate(q, cos.to(q.dtype), sin.to(q.dtype)), rope.rotate(k, cos.to(k.dtype), sin.to(k.dtype))
+            q, k = ops.rotate(q, cos.to(q.dtype), sin.to(q.dtype)), ops.rotate(k, cos.to(k.dtype), sin.to(k.dtype))
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         y = ops.attention(

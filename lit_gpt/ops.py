@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from lit_gpt.kernels import rows
+
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "relu": F.relu,
@@ -35,6 +37,12 @@ def _device(x: torch.Tensor) -> str:
     return _pretended[-1] if _pretended else x.device.type
 
 
+def in_c(x: torch.Tensor) -> bool:
+    """Whether x is for the compiled bodies; where blocks are compiled, torch's compiler makes better ones itself."""
+    fits = _device(x) == "cpu" and x.dtype in rows.DTYPES and x.numel() > 0
+    return fits and not torch.compiler.is_compiling() and rows.available()
+
+
 @dataclass
 class Layout:
     """Which tokens a batch holds: at which positions, and which may see which.
@@ -48,7 +56,6 @@ class Layout:
     lengths: Sequence[int] | None = None
     cached: bool = False
     ragged: bool = False  # the cached sequences differ in length
-    _hidden: dict[tuple[int, torch.dtype], torch.Tensor] = field(default_factory=dict)
     _beyond: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -77,13 +84,6 @@ class Layout:
             self._beyond[window] = keys > at if window is None else (keys > at) | (keys <= at - window)
         return self._beyond[window]
 
-    def hidden(self, n: int, dtype: torch.dtype) -> torch.Tensor:
-        """What to add to the scores (n, n) of positions on one another: -inf above the diagonal. Made once."""
-        if (n, dtype) not in self._hidden:
-            hidden = torch.full((n, n), float("-inf"), dtype=dtype, device=self.positions.device)
-            self._hidden[n, dtype] = hidden.triu_(1)
-        return self._hidden[n, dtype]
-
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / rms(x) * weight over the last axis (Zhang & Sennrich 2019, arXiv:1910.07467), computed in float32."""
@@ -104,6 +104,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 def _normed(x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """The result, and 1 / rms(x) (..., 1)."""
+    if in_c(x) and dtype in rows.DTYPES:
+        return rows.rms_norm(x, weight, eps, dtype)
     wide = x.float()
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     scale = torch.rsqrt(norm.square_() / x.shape[-1] + eps)
@@ -120,10 +122,12 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
-        wide = x.float()
         d_weight = None
         if ctx.needs_input_grad[1]:
-            d_weight = (grad * wide * scale).flatten(0, -2).sum(0).to(weight.dtype)
+            d_weight = (grad * x.float() * scale).flatten(0, -2).sum(0).to(weight.dtype)
+        if in_c(x) and grad.dtype in rows.DTYPES:
+            return rows.rms_norm_backward(grad, x, weight, scale), d_weight, None, None
+        wide = x.float()
         scaled = grad * weight.float()  # float32
         mean = torch.linalg.vecdot(scaled, wide)[..., None] * (scale.pow(3) / x.shape[-1])
         return scaled.mul_(scale).addcmul_(wide, mean, value=-1).to(x.dtype), d_weight, None, None
@@ -140,36 +144,106 @@ def gated_silu_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
+def _gated_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return rows.gated_silu(gate, up) if in_c(gate) else F.silu(gate).mul_(up)
+
+
 class _GatedSilu(torch.autograd.Function):
     """Keeps its two inputs only."""
 
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return _gated_silu(gate, up)
 
     @staticmethod
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
+        if in_c(gate):
+            return rows.gated_silu_backward(grad, gate, up)
         d_up = F.silu(gate).mul_(grad)
         return torch.ops.aten.silu_backward(grad * up, gate), d_up
 
 
 def gated(activation: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """activation(gate) * up; `activation` is a key of `ACTIVATIONS`."""
-    if activation == "silu" and torch.is_grad_enabled():
-        y: torch.Tensor = _GatedSilu.apply(gate, up)
+    if activation == "silu":
+        y: torch.Tensor = _GatedSilu.apply(gate, up) if torch.is_grad_enabled() else _gated_silu(gate, up)
         return y
     return ACTIVATIONS[activation](gate) * up
 
 
-def dropout_mask(x: torch.Tensor, p: float) -> torch.Tensor:
-    """Booleans of x's shape, False with probability p (to within 2 ** -17)."""
+def rotate_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the first n of the D numbers of each head; x is (B, H, T, D), cos and sin (B, 1, T, n) in x's dtype."""
+    n = cos.shape[-1]
+    turned = x[..., :n]
+    out = torch.addcmul(turned * cos, turned.roll(n // 2, -1), sin)
+    return out if n == x.shape[-1] else torch.cat((out, x[..., n:]), dim=-1)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """As `rotate_reference`, keeping nothing for the way back, which is the rotation by the opposite angle."""
+    if not torch.is_grad_enabled():
+        return rows.rotate(x, cos, sin, 1.0) if in_c(x) else rotate_reference(x, cos, sin)
+    y: torch.Tensor = _Rotate.apply(x, cos, sin)
+    return y
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def turn(x, cos, sin, sign):
+        if in_c(x):
+            return rows.rotate(x, cos, sin, float(sign))
+        n, half = cos.shape[-1], cos.shape[-1] // 2
+        out = torch.empty_like(x)  # in x's layout: tokens before heads, as they come from a linear layer
+        torch.mul(x[..., :n], cos, out=out[..., :n])
+        out[..., :half].addcmul_(x[..., half:n], sin[..., :half], value=sign)
+        out[..., half:n].addcmul_(x[..., :half], sin[..., half:], value=sign)
+        out[..., n:] = x[..., n:]
+        return out
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _Rotate.turn(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return _Rotate.turn(grad, cos, sin, -1), None, None
+
+
+def draw_dropout(x: torch.Tensor, p: float) -> torch.Tensor:
+    """What tells which numbers of x drop with probability p: a seed on a CPU, elsewhere booleans of x's shape."""
     if x.device.type != "cpu":
         return torch.rand_like(x, dtype=torch.float32) >= p
-    # The CPU draws one number after the other: each gives four times 16 bits.
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    return (bits.view(torch.int16)[: x.numel()] >= round(p * 65536) - 32768).view(x.shape)
+    return torch.empty((), dtype=torch.int64).random_(-(2**63), None)
+
+
+def dropped(x: torch.Tensor, drawn: torch.Tensor, p: float, *, inplace: bool = False) -> torch.Tensor:
+    """x with zeros where `draw_dropout` says so, each with probability p (on a CPU to within 2 ** -17)."""
+    if drawn.ndim == 0 and in_c(x):
+        return rows.dropout(x, drawn, _threshold(p), inplace=inplace)
+    mask = drawn if drawn.ndim else dropout_mask_reference(x, drawn, p)
+    return x.mul_(mask) if inplace else x * mask
+
+
+def _threshold(p: float) -> int:
+    return round(p * 65536) - 32768
+
+
+def dropout_mask_reference(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
+    """False where a number of x drops: 16 bits for each, out of splitmix64's states from the seed on.
+
+    (Steele, Lea & Flood 2014, doi:10.1145/2660193.2660195.) A function of place and seed, so it need not be kept.
+    """
+
+    def mixed(z: torch.Tensor, shift: int) -> torch.Tensor:
+        return z ^ ((z >> shift) & (2 ** (64 - shift) - 1))  # a shift that brings zeros in
+
+    states = seed + torch.arange(1, -(-x.numel() // 4) + 1, device=x.device) * -0x61C8864680B583EB
+    states = mixed(mixed(states, 30) * -0x40A7B892E31B1A47, 27) * -0x6B2FB644ECCEEE15
+    return (mixed(states, 31).view(torch.int16)[: x.numel()] >= _threshold(p)).view(x.shape)
 
 
 def attention(
@@ -215,6 +289,26 @@ def _causal(
     return _masked(q, k, v, scale, hidden, softcap)
 
 
+def causal_softmax(scores: torch.Tensor, queries: int, scale: float) -> torch.Tensor:
+    """In place, softmax(scale * scores) of blocks of the last `queries` positions: scores (..., blocks * queries, S).
+
+    A query's weights for the positions after its own are 0.
+    """
+    if in_c(scores):
+        return rows.causal_softmax(scores, queries, scale)
+    keys = scores.shape[-1]
+    hidden = torch.ones(queries, queries, dtype=torch.bool, device=scores.device).triu_(1)
+    scores.mul_(scale).view(-1, queries, keys)[..., keys - queries :].masked_fill_(hidden, float("-inf"))
+    return torch.softmax(scores, dim=-1, out=scores)  # the kernel computes in float32
+
+
+def causal_softmax_backward(grad: torch.Tensor, weights: torch.Tensor, queries: int, scale: float) -> torch.Tensor:
+    """The gradient of `causal_softmax`'s scores from that of its weights, which it replaces."""
+    if in_c(grad):
+        return rows.causal_softmax_backward(grad, weights, queries, scale)
+    return torch._softmax_backward_data(grad, weights, -1, weights.dtype).mul_(scale)
+
+
 class _BlockAttention(torch.autograd.Function):
     """Causal attention in blocks of queries, each with no more keys than it may see; plain products.
 
@@ -236,11 +330,8 @@ class _BlockAttention(torch.autograd.Function):
                 stop = min(start + _BlockAttention.BLOCK, length)
                 here = slice(begin + start, begin + stop)
                 # Heads that share keys are one product: (G, H / G * T', D).
-                queries = torch.empty(heads, stop - start, size, dtype=q.dtype, device=q.device)
-                queries = torch.mul(q[row, :, here], scale, out=queries).view(groups, -1, size)
-                scores = torch.bmm(queries, keys[:, :stop].transpose(1, 2))
-                scores.view(groups, -1, stop - start, stop)[..., start:] += layout.hidden(stop - start, scores.dtype)
-                weights = scores.softmax(dim=-1)  # the kernel computes in float32
+                queries = q[row, :, here].contiguous().view(groups, -1, size)
+                weights = causal_softmax(torch.bmm(queries, keys[:, :stop].transpose(1, 2)), stop - start, scale)
                 out[row, :, here] = torch.bmm(weights, values[:, :stop]).view(heads, stop - start, size)
                 kept += [queries, weights]
         ctx.save_for_backward(*kept)
@@ -263,8 +354,8 @@ class _BlockAttention(torch.autograd.Function):
                 weights, queries = kept.pop(), kept.pop()
                 g = grad[row, :, here].reshape(ctx.groups, -1, size)
                 d_weights = torch.bmm(g, values[:, :stop].transpose(1, 2))
-                d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-                torch.mul(torch.bmm(d_scores, keys[:, :stop]).view(heads, -1, size), ctx.scale, out=dq[row, :, here])
+                d_scores = causal_softmax_backward(d_weights, weights, stop - start, ctx.scale)
+                dq[row, :, here] = torch.bmm(d_scores, keys[:, :stop]).view(heads, -1, size)
                 more_values, more_keys = torch.bmm(weights.mT, g), torch.bmm(d_scores.mT, queries)
                 if stop == length:
                     d_keys, d_values = more_keys, more_values
@@ -301,7 +392,7 @@ def head_loss(
     labels: torch.Tensor,
     where: torch.Tensor,
     *,
-    chunk: int = 128,
+    chunk: int = 256,
 ) -> torch.Tensor:
     """Sum over the labelled positions of the cross entropy of `head(x)`; a float32 scalar.
 
@@ -320,6 +411,9 @@ def cross_entropy(
 
     Each pass over the logits counts: they are the largest tensor of a step.
     """
+    if in_c(logits):
+        gradient = torch.empty_like(logits) if wants_gradient else None
+        return rows.cross_entropy(logits.contiguous(), labels, gradient).sum(), gradient
     at = labels[:, None]
     wide = logits.to(torch.float32, copy=True).sub_(logits.amax(dim=-1, keepdim=True))
     wanted = wide.gather(1, at)

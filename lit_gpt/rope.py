@@ -97,7 +97,7 @@ def frequencies(n: int, base: float, device: torch.device | None = None) -> torc
 def table(
     positions: torch.Tensor, n: int, base: float, scaling: dict[str, Any] | None, block_size: int, length: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin (B, 1, T, n), float32, for positions (B, T), as `rotate` takes them.
+    """cos and sin (B, 1, T, n), float32, for positions (B, T), as `ops.rotate` takes them.
 
     Both halves of the last axis are the same angles; the first half of sin is negative.
     """
@@ -107,41 +107,3 @@ def table(
     angles = positions[:, None, :, None].float() * inv_freq
     cos, sin = angles.cos() * factor, angles.sin() * factor
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
-def rotate_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the first n of the D numbers of each head; x is (B, H, T, D), cos and sin (B, 1, T, n) in x's dtype."""
-    n = cos.shape[-1]
-    turned = x[..., :n]
-    out = torch.addcmul(turned * cos, turned.roll(n // 2, -1), sin)
-    return out if n == x.shape[-1] else torch.cat((out, x[..., n:]), dim=-1)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """As `rotate_reference`, keeping nothing for the way back, which is the rotation by the opposite angle."""
-    if not torch.is_grad_enabled():
-        return rotate_reference(x, cos, sin)
-    y: torch.Tensor = _Rotate.apply(x, cos, sin)
-    return y
-
-
-class _Rotate(torch.autograd.Function):
-    @staticmethod
-    def turn(x, cos, sin, sign):
-        n, half = cos.shape[-1], cos.shape[-1] // 2
-        out = torch.empty_like(x)  # in x's layout: tokens before heads, as they come from a linear layer
-        torch.mul(x[..., :n], cos, out=out[..., :n])
-        out[..., :half].addcmul_(x[..., half:n], sin[..., :half], value=sign)
-        out[..., half:n].addcmul_(x[..., :half], sin[..., half:], value=sign)
-        out[..., n:] = x[..., n:]
-        return out
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        return _Rotate.turn(x, cos, sin, 1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        cos, sin = ctx.saved_tensors
-        return _Rotate.turn(grad, cos, sin, -1), None, None

@@ -4,21 +4,22 @@ import pytest
 import torch
 from torch import nn
 
-from lit_gpt import decoding, kernels, quantization
+from lit_gpt import decoding, quantization
 from lit_gpt.cache import KVCache
 from lit_gpt.config import Config
 from lit_gpt.generation import decode_step, prefill
+from lit_gpt.kernels import few_tokens
 from lit_gpt.model import GPT
 from lit_gpt.surgery import swap
 
-needs_kernel = pytest.mark.skipif(kernels.few_tokens() is None, reason="no AVX512-BF16, or no C compiler")
+needs_kernel = pytest.mark.skipif(not few_tokens.available(), reason="no AVX512-BF16, or no C compiler")
 
 
 @needs_kernel
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["bnb.nf4", "bnb.nf4-dq", "bnb.fp4"])
 @pytest.mark.parametrize(("n", "k"), [(1, 64), (33, 192), (64, 1024)])
-@pytest.mark.parametrize("tokens", [1, 3, kernels.MOST_TOKENS])
+@pytest.mark.parametrize("tokens", [1, 3, few_tokens.MOST_TOKENS])
 def test_few_tokens_are_multiplied_as_dequantizing_first_would(kind: str, n: int, k: int, tokens: int) -> None:
     torch.manual_seed(0)
     layer = quantization.quantize(torch.randn(n, k), kind)
@@ -40,7 +41,7 @@ def test_a_layer_keeps_its_bias_and_larger_batches_take_the_other_way() -> None:
     layer = quantization.quantize(torch.randn(8, 64), "bnb.nf4")
     layer.bias = nn.Parameter(torch.randn(8).bfloat16(), requires_grad=False)
     fast = decoding.FewTokensLinear4bit(layer)  # type: ignore[arg-type]
-    for tokens in (2, kernels.MOST_TOKENS + 1):
+    for tokens in (2, few_tokens.MOST_TOKENS + 1):
         x = torch.randn(tokens, 64).bfloat16()
         torch.testing.assert_close(fast(x), layer(x), atol=0.1, rtol=0.02)
     x = torch.randn(2, 64)

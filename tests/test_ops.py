@@ -1,10 +1,11 @@
-"""Each fast body against its plain twin: values and every gradient."""
+"""Each fast body, in C and in torch, against its plain twin: values and every gradient."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from lit_gpt import lora, ops, rope
+from lit_gpt.kernels import rows
 from lit_gpt.lora import LoRALinear, LoRASettings
 from lit_gpt.ops import Layout
 
@@ -24,9 +25,14 @@ def both(fast, plain, *inputs: torch.Tensor, tolerance: float | None = None) -> 
         assert (got - expected).abs().max() <= limit * expected.abs().max()
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
+@pytest.fixture(autouse=True, params=["in C", "in torch"])
+def body(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "in torch":
+        monkeypatch.setattr(ops, "in_c", lambda x: False)
+    elif not rows.available():
+        pytest.skip("no C compiler")
     torch.manual_seed(0)
+    return request.param
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -55,7 +61,7 @@ def test_gated_silu(dtype: torch.dtype) -> None:
 def test_rotation(share: int, dtype: torch.dtype) -> None:
     cos, sin = (t.to(dtype) for t in rope.table(torch.arange(9)[None], share, 1e4, None, 64, 9))
     x = torch.randn(2, 9, 3, 16, dtype=dtype).transpose(1, 2).requires_grad_()
-    both(lambda x: rope.rotate(x, cos, sin), lambda x: rope.rotate_reference(x, cos, sin), x)
+    both(lambda x: ops.rotate(x, cos, sin), lambda x: ops.rotate_reference(x, cos, sin), x)
 
 
 def reference_attention(lengths, scale):
@@ -91,6 +97,54 @@ def test_attention_in_blocks(lengths: tuple[int, ...], groups: int) -> None:
     assert "BlockAttention" in type(through_ops(*half).grad_fn).__name__  # so it was the fast body that was tested
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (5, 5), (37, 300)])
+def test_causal_softmax_and_its_gradient(dtype: torch.dtype, queries: int, keys: int) -> None:
+    scores = (torch.randn(2, 3 * queries, keys) * 9).to(dtype)
+    hidden = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1).repeat(3, 1)
+
+    class Ours(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            weights = ops.causal_softmax(x.clone(), queries, 0.2)
+            ctx.save_for_backward(weights)
+            return weights
+
+        @staticmethod
+        def backward(ctx, grad):
+            return ops.causal_softmax_backward(grad.clone(), *ctx.saved_tensors, queries, 0.2)
+
+    def plain(x):
+        return (x.float() * 0.2).masked_fill(hidden, float("-inf")).softmax(-1).to(x.dtype)
+
+    both(Ours.apply, plain, scores.requires_grad_())
+    assert not Ours.apply(scores).masked_select(hidden).any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 3e38])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_that_are_none_stay_visible(dtype: torch.dtype, value: float) -> None:
+    x = torch.randn(4, 64).to(dtype)
+    x[1, 3] = value
+    ones = torch.ones_like(x)
+    loss, _gradient = ops.cross_entropy(x, torch.zeros(4, dtype=torch.long), True)
+    expected = F.cross_entropy(x.double(), torch.zeros(4, dtype=torch.long), reduction="sum")
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0, equal_nan=True)
+    for got, wanted in (
+        (ops.gated("silu", x, ones), F.silu(x.double())),
+        (ops.gated("silu", ones, x), F.silu(ones.double()) * x),
+        (ops.rms_norm(x, ones[0], 1e-5), ops.rms_norm_reference(x, ones[0], 1e-5)),
+    ):
+        assert torch.equal(got.isfinite(), wanted.to(dtype).isfinite())
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)])
+def test_nothing_is_computed_of_nothing(shape: tuple[int, ...]) -> None:
+    x = torch.empty(shape, dtype=torch.bfloat16)
+    assert ops.rms_norm(x, torch.ones(8, dtype=torch.bfloat16), 1e-5).shape == shape
+    assert ops.gated("silu", x, x).shape == shape
+
+
 def test_attention_in_blocks_of_a_padded_batch() -> None:
     layout = Layout.of(torch.zeros(2, 270, dtype=torch.long))
     q, k, v = (torch.randn(2, 270, n, 16).transpose(1, 2).requires_grad_() for n in (4, 2, 2))
@@ -115,9 +169,31 @@ def test_cross_entropy_and_its_gradient(dtype: torch.dtype) -> None:
     torch.testing.assert_close(gradient, logits.grad, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3,), (2, 1029), (64, 513)])  # whole pieces and what is left of them
+def test_dropout_drops_what_its_seed_says(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, dtype=dtype)
+    drawn = ops.draw_dropout(x, 0.3)
+    expected = x * ops.dropout_mask_reference(x, drawn, 0.3)
+    assert torch.equal(ops.dropped(x, drawn, 0.3), expected)
+    assert torch.equal(ops.dropped(x.t(), drawn, 0.3), x.t() * ops.dropout_mask_reference(x.t(), drawn, 0.3))
+    assert torch.equal(ops.dropped(x.clone(), drawn, 0.3, inplace=True), expected)
+
+
+def test_dropout_repeats_with_the_random_state() -> None:
+    x = torch.ones(400)
+    seen = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        seen.append(ops.dropped(x, ops.draw_dropout(x, 0.5), 0.5))
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], seen[2])
+
+
 @pytest.mark.parametrize("p", [0.05, 0.5])
 def test_dropout_drops_its_share_independently(p: float) -> None:
-    mask = ops.dropout_mask(torch.empty(1000, 1001), p)
+    x = torch.ones(1000, 1001)
+    mask = ops.dropped(x, ops.draw_dropout(x, p), p) != 0
     n = mask.numel()
     assert float(mask.float().mean()) == pytest.approx(1 - p, abs=4 * (p * (1 - p) / n) ** 0.5)
     for step in (1, 4, 1001):  # neighbours, numbers of one draw, numbers below one another
@@ -133,7 +209,7 @@ def test_lora_update_is_the_definition(dtype: torch.dtype, p: float) -> None:
     torch.nn.init.normal_(layer.lora_B)
     x = torch.randn(2, 5, 24, dtype=dtype)
     torch.manual_seed(7)
-    mask = ops.dropout_mask(x, p) if p else torch.ones_like(x, dtype=torch.bool)
+    mask = ops.dropout_mask_reference(x, ops.draw_dropout(x, p), p) if p else torch.ones_like(x, dtype=torch.bool)
     a, b = layer.lora_A.detach().requires_grad_(), layer.lora_B.detach().requires_grad_()
 
     def fast(x, a, b):

@@ -45,7 +45,7 @@ static inline void row(int m, long k, long block, const uint16_t *even, const ui
    block is a multiple of 64 that divides k, m at most 16. Returns 0, or 1 if m is too large or there is no memory. */
 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
 int few_tokens_4bit(long m, long n, long k, long block, const uint16_t *x, const uint8_t *codes, const float *scales,
-                    const uint16_t *levels, uint16_t *y, int threads) {
+                    const uint16_t *levels, uint16_t *y, long threads) {
     if (m > MOST) return 1;
     uint16_t *even = malloc(sizeof(uint16_t) * m * k);
     if (!even) return 1;

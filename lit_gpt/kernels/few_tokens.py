@@ -1,0 +1,42 @@
+"""Products of a few tokens with a weight that is read once; see few_tokens.c."""
+
+import ctypes
+from functools import cache
+
+import torch
+
+from lit_gpt.kernels import compiled
+
+MOST_TOKENS = 16
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    library = compiled("few_tokens") if torch.cpu._is_avx512_bf16_supported() else None
+    if library is not None:
+        number, pointer = ctypes.c_long, ctypes.c_void_p
+        library.few_tokens_4bit.argtypes = [number] * 4 + [pointer] * 5 + [number]
+    return library
+
+
+def available() -> bool:
+    return _library() is not None
+
+
+def product_4bit(
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, levels: torch.Tensor, block: int
+) -> torch.Tensor:
+    """x (m, in) W^T, (m, out) in bfloat16, for m up to `MOST_TOKENS`; only where `available`.
+
+    W is codes (out * in / 2) uint8 into levels (16,) bfloat16, times float32 scales (out * in / block); all contiguous,
+    on the CPU, and `block` a multiple of 64 that divides `in`.
+    """
+    library = _library()
+    assert library is not None, "ask available() first"
+    x, (m, k) = x.contiguous(), x.shape  # a copy has to live until the call is over
+    n = codes.numel() * 2 // k
+    y = torch.empty(m, n, dtype=torch.bfloat16)
+    pointers = [t.data_ptr() for t in (x, codes, scales, levels, y)]
+    failed = library.few_tokens_4bit(m, n, k, block, *pointers, torch.get_num_threads())
+    assert not failed, f"{m} tokens are too many, or there is no memory"
+    return y

@@ -1,0 +1,249 @@
+/* Element-wise work of a training step in one pass over memory each; compiled on first use, see __init__.py.
+
+   Rows lie end to end. Numbers are float32 or bfloat16 (`bf16` 0 or 1), are computed with in float32 and rounded once.
+   Every row is one thread's from beginning to end, so that results do not depend on the number of threads. Plain loops:
+   the compiler makes vectors of them for whatever processor it is told. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define PIECE 1024 /* numbers that are widened at a time: they stay in the nearest cache */
+#define SMALL 16384 /* numbers that are not worth a second thread */
+
+static inline float as_float(uint32_t bits) {
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+static inline uint32_t as_bits(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    return bits;
+}
+
+static void load(float *to, const void *from, long bf16, long at, long n) {
+    if (bf16)
+        for (long i = 0; i < n; i++) to[i] = as_float((uint32_t)((const uint16_t *)from)[at + i] << 16);
+    else
+        memcpy(to, (const float *)from + at, n * sizeof(float));
+}
+
+static void store(void *to, long bf16, long at, const float *from, long n) { /* to the nearest, ties to even */
+    if (bf16)
+        for (long i = 0; i < n; i++) {
+            uint32_t bits = as_bits(from[i]);
+            uint16_t rounded = (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+            ((uint16_t *)to)[at + i] = from[i] == from[i] ? rounded : 0x7fc0;
+        }
+    else
+        memcpy((float *)to + at, from, n * sizeof(float));
+}
+
+static inline float clamped_exp(float x) { /* within 2 units in the last place for x in [-87, 88]; constant beyond */
+    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x; /* NaN stays NaN */
+    float k = (x * 1.44269504f + 12582912.0f) - 12582912.0f; /* the nearest whole number */
+    float r = (x - k * 0.693359375f) + k * 2.12194440e-4f;    /* x - k log 2, whose first part is exact */
+    float p = 1.0f / 5040;
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return p * as_float((uint32_t)((int32_t)k + 127) << 23);
+}
+
+/* y = x / rms(x) * w; `scale` (rows) gets 1 / rms(x) unless it is null. */
+void rms_norm(long rows, long n, const void *x, long x_bf16, const void *w, long w_bf16, float eps, void *y, long y_bf16,
+              float *scale, long threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * n > SMALL)
+    for (long row = 0; row < rows; row++) {
+        float a[n], b[n], sum = 0;
+        load(a, x, x_bf16, row * n, n);
+        load(b, w, w_bf16, 0, n);
+#pragma omp simd reduction(+ : sum)
+        for (long i = 0; i < n; i++) sum += a[i] * a[i];
+        float s = 1.0f / sqrtf(sum / n + eps);
+        if (scale) scale[row] = s;
+        for (long i = 0; i < n; i++) a[i] *= s * b[i];
+        store(y, y_bf16, row * n, a, n);
+    }
+}
+
+void rms_norm_backward(long rows, long n, const void *grad, long grad_bf16, const void *x, long x_bf16, const void *w,
+                       long w_bf16, const float *scale, void *dx, long threads) { /* dx is of x's kind */
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * n > SMALL)
+    for (long row = 0; row < rows; row++) {
+        float a[n], b[n], g[n], sum = 0, s = scale[row];
+        load(a, x, x_bf16, row * n, n);
+        load(b, w, w_bf16, 0, n);
+        load(g, grad, grad_bf16, row * n, n);
+        for (long i = 0; i < n; i++) g[i] *= b[i];
+#pragma omp simd reduction(+ : sum)
+        for (long i = 0; i < n; i++) sum += g[i] * a[i];
+        float share = sum * s * s * s / n;
+        for (long i = 0; i < n; i++) g[i] = g[i] * s - a[i] * share;
+        store(dx, x_bf16, row * n, g, n);
+    }
+}
+
+/* y = silu(gate) * up */
+void gated_silu(long count, const void *gate, const void *up, void *y, long bf16, long threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (count > SMALL)
+    for (long at = 0; at < count; at += PIECE) {
+        long n = count - at < PIECE ? count - at : PIECE;
+        float a[PIECE], b[PIECE];
+        load(a, gate, bf16, at, n);
+        load(b, up, bf16, at, n);
+        for (long i = 0; i < n; i++) a[i] = a[i] * b[i] / (1.0f + clamped_exp(-a[i]));
+        store(y, bf16, at, a, n);
+    }
+}
+
+void gated_silu_backward(long count, const void *grad, const void *gate, const void *up, void *d_gate, void *d_up,
+                         long bf16, long threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (count > SMALL)
+    for (long at = 0; at < count; at += PIECE) {
+        long n = count - at < PIECE ? count - at : PIECE;
+        float g[PIECE], a[PIECE], b[PIECE];
+        load(g, grad, bf16, at, n);
+        load(a, gate, bf16, at, n);
+        load(b, up, bf16, at, n);
+        for (long i = 0; i < n; i++) {
+            float s = 1.0f / (1.0f + clamped_exp(-a[i]));
+            b[i] *= g[i] * s * (1.0f + a[i] * (1.0f - s));
+            a[i] *= g[i] * s;
+        }
+        store(d_gate, bf16, at, b, n);
+        store(d_up, bf16, at, a, n);
+    }
+}
+
+/* Turns the first n of the `size` numbers of each head by the angles of its token; x, y (tokens, heads, size), cos, sin
+   (angles, n) of x's kind, which repeat where there are more tokens. `sign` -1 turns back. */
+void rotate(long tokens, long heads, long size, long n, long angles, const void *x, const void *cos, const void *sin,
+            float sign, void *y, long bf16, long threads) {
+    long half = n / 2;
+#pragma omp parallel for schedule(static) num_threads(threads) if (tokens * heads * size > SMALL)
+    for (long token = 0; token < tokens; token++) {
+        float a[size], b[n], c[n], s[n];
+        load(c, cos, bf16, token % angles * n, n);
+        load(s, sin, bf16, token % angles * n, n);
+        for (long i = 0; i < n; i++) s[i] *= sign;
+        for (long head = 0; head < heads; head++) {
+            long at = (token * heads + head) * size;
+            load(a, x, bf16, at, size);
+            for (long i = 0; i < half; i++) b[i] = a[i] * c[i] + a[half + i] * s[i];
+            for (long i = 0; i < half; i++) b[half + i] = a[half + i] * c[half + i] + a[i] * s[half + i];
+            memcpy(a, b, n * sizeof(float));
+            store(y, bf16, at, a, size);
+        }
+    }
+}
+
+/* Numbers 4 i to 4 i + 3 are kept where 16 bits of the i-th state of splitmix64 are at least `threshold`.
+   (Steele, Lea & Flood 2014, doi:10.1145/2660193.2660195.) y may be x. */
+void dropout(long count, const void *x, void *y, long bf16, const int64_t *seed, long threshold, long threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (count > SMALL)
+    for (long at = 0; at < count; at += PIECE) {
+        long n = count - at < PIECE ? count - at : PIECE;
+        uint64_t states[PIECE / 4];
+        int16_t bits[PIECE];
+        for (long i = 0; i < PIECE / 4; i++) {
+            uint64_t z = (uint64_t)*seed + (uint64_t)(at / 4 + i + 1) * 0x9e3779b97f4a7c15u;
+            z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+            z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+            states[i] = z ^ (z >> 31);
+        }
+        memcpy(bits, states, sizeof bits);
+        if (bf16) {
+            const uint16_t *from = (const uint16_t *)x + at;
+            uint16_t *to = (uint16_t *)y + at;
+            for (long i = 0; i < n; i++) to[i] = bits[i] >= threshold ? from[i] : 0;
+        } else {
+            const float *from = (const float *)x + at;
+            float *to = (float *)y + at;
+            for (long i = 0; i < n; i++) to[i] = bits[i] >= threshold ? from[i] : 0;
+        }
+    }
+}
+
+/* In place: the softmax of scale * scores (rows, keys), where the row-th query, counted modulo `queries`, sees the keys up
+   to place `start` + its own; 0 for the others. */
+void causal_softmax(long rows, long keys, long queries, long start, float scale, void *scores, long bf16, long threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * keys > SMALL)
+    for (long row = 0; row < rows; row++) {
+        long seen = start + row % queries + 1;
+        float a[keys], most = -INFINITY, sum = 0;
+        load(a, scores, bf16, row * keys, seen);
+#pragma omp simd reduction(max : most)
+        for (long i = 0; i < seen; i++) most = a[i] > most ? a[i] : most;
+        for (long i = 0; i < seen; i++) a[i] = clamped_exp((a[i] - most) * scale);
+#pragma omp simd reduction(+ : sum)
+        for (long i = 0; i < seen; i++) sum += a[i];
+        for (long i = 0; i < seen; i++) a[i] *= 1.0f / sum;
+        for (long i = seen; i < keys; i++) a[i] = 0;
+        store(scores, bf16, row * keys, a, keys);
+    }
+}
+
+/* In place: `grad` with respect to the weights becomes that with respect to the scores. */
+void causal_softmax_backward(long rows, long keys, long queries, long start, float scale, const void *weights, void *grad,
+                             long bf16, long threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * keys > SMALL)
+    for (long row = 0; row < rows; row++) {
+        long seen = start + row % queries + 1;
+        float w[keys], g[keys], sum = 0;
+        load(w, weights, bf16, row * keys, seen);
+        load(g, grad, bf16, row * keys, seen);
+#pragma omp simd reduction(+ : sum)
+        for (long i = 0; i < seen; i++) sum += w[i] * g[i];
+        for (long i = 0; i < seen; i++) g[i] = (g[i] - sum) * w[i] * scale;
+        for (long i = seen; i < keys; i++) g[i] = 0;
+        store(grad, bf16, row * keys, g, keys);
+    }
+}
+
+/* losses (rows): of each row of logits (rows, n), the cross entropy with its label. Where `grad` is not null it gets the
+   gradient; it may be the logits. */
+void cross_entropy(long rows, long n, const void *logits, long bf16, const int64_t *labels, float *losses, void *grad,
+                   long threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * n > SMALL)
+    for (long row = 0; row < rows; row++) {
+        float a[PIECE], most = -INFINITY, wanted, label_grad;
+        double total = 0;
+        for (long at = 0; at < n; at += PIECE) {
+            long m = n - at < PIECE ? n - at : PIECE;
+            load(a, logits, bf16, row * n + at, m);
+#pragma omp simd reduction(max : most)
+            for (long i = 0; i < m; i++) most = a[i] > most ? a[i] : most;
+        }
+        for (long at = 0; at < n; at += PIECE) {
+            long m = n - at < PIECE ? n - at : PIECE;
+            float sum = 0;
+            load(a, logits, bf16, row * n + at, m);
+#pragma omp simd reduction(+ : sum)
+            for (long i = 0; i < m; i++) sum += clamped_exp(a[i] - most);
+            total += sum;
+        }
+        if (labels[row] < 0 || labels[row] >= n) { /* a caller's mistake, that must not go unseen */
+            losses[row] = NAN;
+            continue;
+        }
+        load(&wanted, logits, bf16, row * n + labels[row], 1);
+        losses[row] = (float)log(total) - (wanted - most);
+        if (!grad) continue;
+        float share = (float)(1.0 / total);
+        for (long at = 0; at < n; at += PIECE) {
+            long m = n - at < PIECE ? n - at : PIECE;
+            load(a, logits, bf16, row * n + at, m);
+            for (long i = 0; i < m; i++) a[i] = clamped_exp(a[i] - most) * share;
+            store(grad, bf16, row * n + at, a, m);
+        }
+        label_grad = clamped_exp(wanted - most) * share - 1.0f;
+        store(grad, bf16, row * n + labels[row], &label_grad, 1);
+    }
+}

@@ -1,0 +1,136 @@
+"""The functions of rows.c on tensors: element-wise work of a training step, each in one pass over memory.
+
+For float32 and bfloat16 on a CPU, where `available`. What they compute is said by their plain twins in `ops`.
+"""
+
+import ctypes
+from functools import cache
+
+import torch
+from torch._subclasses import FakeTensor
+
+from lit_gpt.kernels import compiled
+
+DTYPES = (torch.float32, torch.bfloat16)
+ARGUMENTS = {  # l: a whole number, f: a fraction, p: a tensor's numbers, or none; the number of threads is added
+    "rms_norm": "llplplfplp",
+    "rms_norm_backward": "llplplplpp",
+    "gated_silu": "lpppl",
+    "gated_silu_backward": "lpppppl",
+    "rotate": "lllllpppfpl",
+    "dropout": "lpplpl",
+    "causal_softmax": "llllfpl",
+    "causal_softmax_backward": "llllfppl",
+    "cross_entropy": "llplppp",
+}
+TYPES = {"l": ctypes.c_long, "f": ctypes.c_float, "p": ctypes.c_void_p}
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    library = compiled("rows")
+    if library is not None:
+        for name, kinds in ARGUMENTS.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = [TYPES[kind] for kind in (*kinds, "l")], None
+    return library
+
+
+def available() -> bool:
+    return _library() is not None
+
+
+def _call(name: str, *arguments: torch.Tensor | float | None) -> None:
+    """Nothing happens to the planner's tensors, which have no numbers."""
+    passed: list[float | None] = []
+    for argument in arguments:
+        if isinstance(argument, FakeTensor):
+            return
+        passed.append(argument.data_ptr() if isinstance(argument, torch.Tensor) else argument)
+    getattr(_library(), name)(*passed, torch.get_num_threads())
+
+
+def _alike(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors, each end to end: C trusts that they are of one size and kind."""
+    first = tensors[0]
+    assert all(t.shape == first.shape and t.dtype == first.dtype for t in tensors), [t.shape for t in tensors]
+    return tuple(t.contiguous() for t in tensors)
+
+
+def _half(x: torch.Tensor) -> bool:
+    return x.dtype == torch.bfloat16
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (..., n) normed and times weight (n,), in `dtype`; and 1 / rms(x) (..., 1), float32."""
+    x, n = x.contiguous(), x.shape[-1]
+    y, scale = torch.empty(x.shape, dtype=dtype), torch.empty((*x.shape[:-1], 1), dtype=torch.float32)
+    _call("rms_norm", x.numel() // n, n, x, _half(x), weight, _half(weight), eps, y, _half(y), scale)
+    return y, scale
+
+
+def rms_norm_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The gradient of x, in x's dtype."""
+    x, grad, n = x.contiguous(), grad.contiguous(), x.shape[-1]
+    dx = torch.empty_like(x)
+    numbers = (grad, _half(grad), x, _half(x), weight, _half(weight), scale, dx)
+    _call("rms_norm_backward", x.numel() // n, n, *numbers)
+    return dx
+
+
+def gated_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    gate, up = _alike(gate, up)
+    y = torch.empty_like(gate)
+    _call("gated_silu", gate.numel(), gate, up, y, _half(y))
+    return y
+
+
+def gated_silu_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of gate and up."""
+    grad, gate, up = _alike(grad, gate, up)
+    d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+    _call("gated_silu_backward", gate.numel(), grad, gate, up, d_gate, d_up, _half(grad))
+    return d_gate, d_up
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float) -> torch.Tensor:
+    """x (B, H, T, D), tokens before heads in memory, as the result is; cos and sin (B or 1, 1, T, n) in x's dtype."""
+    (batch, heads, tokens, size), n = x.shape, cos.shape[-1]
+    x, cos, sin = x.transpose(1, 2).contiguous(), cos.contiguous(), sin.contiguous()
+    y = torch.empty_like(x)
+    shape = (batch * tokens, heads, size, n, cos.numel() // n)
+    _call("rotate", *shape, x, cos, sin, sign, y, _half(x))
+    return y.transpose(1, 2)
+
+
+def dropout(x: torch.Tensor, seed: torch.Tensor, threshold: int, *, inplace: bool = False) -> torch.Tensor:
+    x = x.contiguous()
+    y = x if inplace else torch.empty_like(x)
+    _call("dropout", x.numel(), x, y, _half(x), seed, threshold)
+    return y
+
+
+def causal_softmax(scores: torch.Tensor, queries: int, scale: float) -> torch.Tensor:
+    """In place, on scores (..., keys) that lie end to end, of blocks of so many queries on as many keys or more."""
+    keys = scores.shape[-1]
+    _call("causal_softmax", scores.numel() // keys, keys, queries, keys - queries, scale, scores, _half(scores))
+    return scores
+
+
+def causal_softmax_backward(grad: torch.Tensor, weights: torch.Tensor, queries: int, scale: float) -> torch.Tensor:
+    """In place: the gradient of the weights becomes that of the scores."""
+    keys = grad.shape[-1]
+    shape = (grad.numel() // keys, keys, queries, keys - queries)
+    _call("causal_softmax_backward", *shape, scale, weights, grad, _half(grad))
+    return grad
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
+    """Of each row of logits (n, V) the loss, float32; `gradient` is filled in if there is one. It may be the logits."""
+    losses = torch.empty(len(logits), dtype=torch.float32)
+    assert labels.shape == losses.shape
+    assert labels.dtype == torch.int64
+    _call("cross_entropy", *logits.shape, logits, _half(logits), labels, losses, gradient)
+    return losses
