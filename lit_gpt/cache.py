@@ -19,15 +19,20 @@ class KVCache:
         """Positions (B, n_new) of the tokens that come next."""
         return torch.tensor(self.lengths)[:, None] + torch.arange(n_new)
 
-    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store the new k and v (B, G, T, D) of a layer; returns all that is stored, (B, G, S, D)."""
-        batch, groups, n_new, size = k.shape
+    def stores(self, layer: int, sizes: tuple[int, int, int], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer's room for keys (B, G, capacity, D) and values, made on first use; `sizes`: G, D, D of values."""
         store = self._stores[layer]
         if store is None:
-            store = self._stores[layer] = (
-                k.new_zeros(batch, groups, self.capacity, size),
-                v.new_zeros(batch, groups, self.capacity, v.shape[-1]),
-            )
+            groups, *widths = sizes
+            shapes = ((len(self.lengths), groups, self.capacity, width) for width in widths)
+            k, v = (like.new_zeros(shape) for shape in shapes)
+            store = self._stores[layer] = (k, v)
+        return store
+
+    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the new k and v (B, G, T, D) of a layer; returns all that is stored, (B, G, S, D)."""
+        _, groups, n_new, size = k.shape
+        store = self.stores(layer, (groups, size, v.shape[-1]), k)
         start, end = min(self.lengths), max(self.lengths) + n_new
         assert end <= self.capacity, f"{end} tokens do not fit a cache made for {self.capacity}"
         if start + n_new == end:  # all rows are equally long: a plain slice

@@ -1,10 +1,15 @@
 """A model laid out for one-token steps on a CPU, whose time is that of reading the weights."""
 
+import ctypes
+from typing import Any
+
 import torch
 from torch import nn
 
+from lit_gpt.cache import KVCache
 from lit_gpt.kernels import few_tokens
-from lit_gpt.ops import autocast_dtype
+from lit_gpt.model import Block, Rotations
+from lit_gpt.ops import Layout, autocast_dtype
 from lit_gpt.quantization import Linear4bit, levels_of
 from lit_gpt.surgery import swap
 
@@ -12,7 +17,7 @@ from lit_gpt.surgery import swap
 class VectorLinear(nn.Linear):
     """A frozen bfloat16 layer: one token is a matrix-vector product, for which torch reads faster than for a matrix's.
 
-    1.3 to 1.5 times as fast (benchmarks/LOG.md); more tokens are computed as ever.
+    More tokens are computed as ever.
     """
 
     def __init__(self, plain: nn.Linear):
@@ -23,7 +28,8 @@ class VectorLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.numel() != self.in_features or x.dtype != self.weight.dtype or torch.is_grad_enabled():
             return super().forward(x)
-        y = torch.mv(self.weight, x.flatten())
+        product = few_tokens.one_token if few_tokens.available() else lambda x, weight: torch.mv(weight, x)
+        y = product(x.flatten(), self.weight)
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
 
 
@@ -33,6 +39,7 @@ class FewTokensLinear4bit(nn.Module):
     def __init__(self, layer: Linear4bit):
         super().__init__()
         self.layer = layer
+        self.bias = layer.bias
         self.scales = layer.scales().contiguous()  # out of double quantization
         self.levels = levels_of(layer.levels).to(torch.bfloat16)
 
@@ -52,6 +59,70 @@ class FewTokensLinear4bit(nn.Module):
         return (y if layer.bias is None else y + layer.bias.to(dtype)).view(*x.shape[:-1], -1)
 
 
+class OneTokenBlock(nn.Module):
+    """A block of Llama's kind that takes one cached token through all its layers in one call.
+
+    Starting two dozen operators costs as much as reading a small model's weights. All else goes the usual way.
+    """
+
+    LAYERS = (
+        "attn.q",
+        "attn.k",
+        "attn.v",
+        "attn.proj",
+        "mlp.gate",
+        "mlp.up",
+        "mlp.proj",
+    )  # in `few_tokens.Block`'s order
+
+    def __init__(self, block: Block):
+        super().__init__()
+        self.block = block
+        config = block.attn.config
+        weights = [_as_c(block.get_submodule(name)) for name in self.LAYERS]
+        norms = [norm.data_ptr() for norm in _norms(block)]
+        sizes = (config.n_head, config.n_query_groups, config.head_size)
+        self.as_c = few_tokens.Block(*weights, *norms, config.norm_eps, config.scale, *sizes)
+
+    @staticmethod
+    def fits(block: Block) -> bool:
+        """Whether the kernel is there, and this block does nothing that it does not know."""
+        attention, config = block.attn, block.attn.config
+        usual = (config.norm, config.norm_placement, config.norm_offset) == ("rms", "pre", 0)
+        usual &= (config.mlp, config.activation, config.residual_scale) == ("gated", "silu", 1)
+        usual &= not (config.parallel_residual or config.has_experts(attention.layer))
+        unchanged = (config.qk_norm, config.clip_qkv, config.attention_softcap, config.window(attention.layer))
+        usual &= all(change is None for change in unchanged) and config.rotates(attention.layer)
+        if not (usual and few_tokens.available()):
+            return False
+        layers: list[Any] = [block.get_submodule(name) for name in OneTokenBlock.LAYERS]
+        return (
+            len({type(layer) for layer in layers}) == 1
+            and isinstance(layers[0], VectorLinear | FewTokensLinear4bit)
+            and all(layer.bias is None for layer in layers)
+            and all(norm.dtype == torch.bfloat16 and norm.device.type == "cpu" for norm in _norms(block))
+        )
+
+    def forward(self, x: torch.Tensor, rotations: Rotations, layout: Layout, cache: KVCache | None) -> torch.Tensor:
+        if cache is None or x.shape[:2] != (1, 1) or x.dtype != torch.bfloat16 or torch.is_grad_enabled():
+            return self.block(x, rotations, layout, cache)
+        attention = self.block.attn
+        keys, values = cache.stores(attention.layer, (self.as_c.groups, self.as_c.size, self.as_c.size), x)
+        return few_tokens.one_token_block(self.as_c, x, *rotations[False], keys, values, cache.lengths[0])
+
+
+def _norms(block: Block) -> list[nn.Parameter]:
+    return [block.get_parameter(f"{name}.weight") for name in ("norm_1", "norm_2")]
+
+
+def _as_c(layer: Any) -> few_tokens.Weight:
+    if isinstance(layer, FewTokensLinear4bit):
+        inner, pointers = layer.layer, (layer.layer.weight, layer.scales, layer.levels)
+        numbers, scales, levels = (ctypes.c_void_p(tensor.data_ptr()) for tensor in pointers)
+        return few_tokens.Weight(inner.out_features, inner.in_features, inner.block, numbers, scales, levels)
+    return few_tokens.Weight(*layer.weight.shape, 0, layer.weight.data_ptr(), None, None)
+
+
 def lay_out(model: nn.Module) -> None:
     """Change the model's layers for one-token steps where that is faster; afterwards it can only be run.
 
@@ -66,6 +137,11 @@ def lay_out(model: nn.Module) -> None:
         model,
         lambda name, module: isinstance(module, Linear4bit) and FewTokensLinear4bit.fits(module),
         lambda name, module: FewTokensLinear4bit(module),  # type: ignore[arg-type]
+    )
+    swap(
+        model,
+        lambda name, module: isinstance(module, Block) and OneTokenBlock.fits(module),
+        lambda name, module: OneTokenBlock(module),  # type: ignore[arg-type]
     )
     if not few_tokens.available():
         for module in model.modules():

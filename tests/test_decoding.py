@@ -63,29 +63,78 @@ def test_rows_that_are_no_whole_blocks_do_not_fit() -> None:
     assert not decoding.FewTokensLinear4bit.fits(layer)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", [None, "bnb.nf4"])
-def test_the_laid_out_model_agrees(kind: str | None) -> None:
+def tiny(kind: str | None = None, **changes: object) -> GPT:
     torch.manual_seed(1)
-    config = Config(family="llama", block_size=64, vocab_size=96, n_layer=2, n_head=4, n_query_groups=2, n_embd=64)
-    model = GPT(config).bfloat16().eval().requires_grad_(False)
+    sizes = {"block_size": 64, "vocab_size": 96, "n_layer": 2, "n_head": 4, "n_query_groups": 2, "n_embd": 64}
+    model = GPT(Config(**sizes | changes)).bfloat16().eval().requires_grad_(False)  # type: ignore[arg-type]
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.normal_(1, 0.2)
     if kind:
         swap(
             model,
             lambda name, module: quantization.quantizable(name, module, kind),
             lambda name, module: quantization.quantize(module.weight.detach(), kind),  # type: ignore[arg-type]
         )
-    prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
+    return model
 
-    def run() -> torch.Tensor:
-        with torch.inference_mode():
-            outs = []
-            for batch in ([prompts[0]], prompts):
-                cache = KVCache(config.n_layer, len(batch), 16)
-                prefill(model, batch, cache, torch.device("cpu"))
-                outs.append(decode_step(model, torch.full((len(batch), 1), 9), cache))
-            return torch.cat(outs).float()
 
-    before = run()
+@torch.inference_mode()
+def steps(model: GPT, prompts: list[list[int]]) -> torch.Tensor:
+    """The logits of three one-token steps, and the keys and values of the last layer after them."""
+    cache = KVCache(model.config.n_layer, len(prompts), 16)
+    prefill(model, prompts, cache, torch.device("cpu"))
+    logits = [decode_step(model, torch.full((len(prompts), 1), token), cache) for token in (9, 17, 4)]
+    stored = cache.stores(model.config.n_layer - 1, (0, 0, 0), logits[0])
+    return torch.cat([t.flatten().float() for t in (*logits, *stored)])
+
+
+@pytest.mark.parametrize("kind", [None, "bnb.nf4"])
+@pytest.mark.parametrize("prompts", [[[1, 2, 3]], [[1, 2, 3], [4, 5, 6, 7, 8]]], ids=["one", "batch"])
+def test_the_laid_out_model_agrees(kind: str | None, prompts: list[list[int]]) -> None:
+    model = tiny(kind)
+    before = steps(model, prompts)
     decoding.lay_out(model)
     assert not any(type(module) is nn.Linear for module in model.modules())
-    torch.testing.assert_close(run(), before, atol=0.03, rtol=0)  # bfloat16 logits of size 1: seen 0.008
+    torch.testing.assert_close(steps(model, prompts), before, atol=0.03, rtol=0)  # numbers of size 1: seen 0.008
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"head_size": 24},  # no whole vectors
+        {"rotary_percentage": 0.5},
+        {"n_query_groups": 4, "n_embd": 96, "intermediate_size": 80},
+        {"attention_scale": 0.05, "norm_eps": 0.1},
+        {"sliding_layers": [True, False], "sliding_window": 2, "n_layer": 2},
+        {"rope_layers": [False, True]},
+        {"qkv_bias": True},
+        {"qk_norm": "head"},
+        {"norm_offset": 1.0},
+        {"activation": "gelu"},
+    ],
+    ids=str,
+)
+def test_one_call_per_block_agrees_wherever_it_is_used(changes: dict) -> None:
+    model = tiny(**changes)
+    usual = [decoding.OneTokenBlock.fits(block) for block in model.transformer.h]
+    assert usual == [False, False]  # before the layers are laid out
+    before = steps(model, [[1, 2, 3]])
+    decoding.lay_out(model)
+    in_one = [isinstance(block, decoding.OneTokenBlock) for block in model.transformer.h]
+    expected = {"sliding_layers": [False, True], "rope_layers": [False, True]}
+    others = ("qkv_bias", "qk_norm", "norm_offset", "activation")
+    assert in_one == expected.get(next(iter(changes)), [next(iter(changes)) not in others] * 2)
+    torch.testing.assert_close(steps(model, [[1, 2, 3]]), before, atol=0.03, rtol=0)
+
+
+@needs_kernel
+@torch.no_grad()
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (5, 31), (33, 192), (64, 1000)])
+def test_a_vector_is_multiplied_as_in_float64(n: int, k: int) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(k).bfloat16(), torch.randn(n, k).bfloat16()
+    expected = weight.double() @ x.double()
+    bound = 2**-8 * (weight.double().abs() @ x.double().abs())
+    assert ((few_tokens.one_token(x, weight).double() - expected).abs() <= bound).all()

@@ -4,10 +4,14 @@
    stored, and becomes numbers in registers only. */
 
 #include <immintrin.h>
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 
-#define MOST 16  /* tokens */
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+#define MOST 16    /* tokens */
+#define AHEAD 4096 /* bytes: the processor looks no further than a page; asked for in time, more arrives */
 
 static inline uint16_t to_bf16(float value) {  /* to the nearest, ties to even */
     union { float f; uint32_t u; } bits = {value};
@@ -16,16 +20,14 @@ static inline uint16_t to_bf16(float value) {  /* to the nearest, ties to even *
 
 /* One row of the weight times m tokens. `even` holds, for each 64 numbers of a token, those at even places and then those
    at odd ones: a byte of codes is two neighbours, and its high halves are looked up together, and its low halves. */
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"), always_inline))
-static inline void row(int m, long k, long block, const uint16_t *even, const uint8_t *codes, const float *scales,
+TARGET __attribute__((always_inline)) static inline void row(int m, long k, long block, const uint16_t *even, const uint8_t *codes, const float *scales,
                        __m512i table, float *out) {
     __m512 sums[MOST];
     for (int t = 0; t < m; t++) sums[t] = _mm512_setzero_ps();
     for (long begin = 0; begin < k; begin += block, scales++) {
         __m512 scale = _mm512_set1_ps(*scales);
         for (long at = begin; at < begin + block; at += 64) {
-            /* The processor looks no further than a page of 4 KB; asked for in time, twice as much arrives. */
-            if (!(at & 127)) _mm_prefetch((const char *)(codes + at / 2) + 2048, _MM_HINT_T0);
+            if (!(at & 127)) _mm_prefetch((const char *)(codes + at / 2) + AHEAD, _MM_HINT_T0);
             __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(codes + at / 2)));
             /* The table holds the 16 levels twice, so that the lookup's fifth bit may be anything. */
             __m512bh high = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(pairs, 4), table);
@@ -41,19 +43,22 @@ static inline void row(int m, long k, long block, const uint16_t *even, const ui
     for (int t = 0; t < m; t++) out[t] = _mm512_reduce_add_ps(sums[t]);
 }
 
-/* y (m, n) = x (m, k) W^T in bfloat16; W is codes (n, k / 2) into 16 levels, times scales (n, k / block).
-   block is a multiple of 64 that divides k, m at most 16. Returns 0, or 1 if m is too large or there is no memory. */
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
-int few_tokens_4bit(long m, long n, long k, long block, const uint16_t *x, const uint8_t *codes, const float *scales,
-                    const uint16_t *levels, uint16_t *y, long threads) {
-    if (m > MOST) return 1;
-    uint16_t *even = malloc(sizeof(uint16_t) * m * k);
-    if (!even) return 1;
+static void even_first(long m, long k, const uint16_t *x, uint16_t *even) {
     for (long at = 0; at < m * k; at += 64)
         for (int i = 0; i < 32; i++) {
             even[at + i] = x[at + 2 * i];
             even[at + 32 + i] = x[at + 2 * i + 1];
         }
+}
+
+/* y (m, n) = x (m, k) W^T in bfloat16; W is codes (n, k / 2) into 16 levels, times scales (n, k / block).
+   block is a multiple of 64 that divides k, m at most 16. Returns 0, or 1 if m is too large or there is no memory. */
+TARGET int few_tokens_4bit(long m, long n, long k, long block, const uint16_t *x, const uint8_t *codes,
+                           const float *scales, const uint16_t *levels, uint16_t *y, long threads) {
+    if (m > MOST) return 1;
+    uint16_t *even = malloc(sizeof(uint16_t) * m * k);
+    if (!even) return 1;
+    even_first(m, k, x, even);
     __m512i table = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)levels));
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long r = 0; r < n; r++) {
@@ -66,4 +71,135 @@ int few_tokens_4bit(long m, long n, long k, long block, const uint16_t *x, const
     }
     free(even);
     return 0;
+}
+
+TARGET static inline float dot(long n, const uint16_t *a, const uint16_t *b) {  /* of bfloat16, reading a from memory */
+    __m512 sum = _mm512_setzero_ps();
+    for (; n >= 32; n -= 32, a += 32, b += 32) {
+        _mm_prefetch((const char *)a + AHEAD, _MM_HINT_T0);
+        sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(a), (__m512bh)_mm512_loadu_si512(b));
+    }
+    __mmask32 rest = (__mmask32)((1UL << n) - 1);
+    __m512bh last = (__m512bh)_mm512_maskz_loadu_epi16(rest, a);
+    return _mm512_reduce_add_ps(_mm512_dpbf16_ps(sum, last, (__m512bh)_mm512_maskz_loadu_epi16(rest, b)));
+}
+
+/* y (n) = W x (k) in bfloat16; W (n, k). */
+TARGET void one_token_bf16(long n, long k, const uint16_t *x, const uint16_t *w, uint16_t *y, long threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long r = 0; r < n; r++) y[r] = to_bf16(dot(k, w + r * k, x));
+}
+
+/* One token through a whole block, since starting two dozen operators costs as much as a small model's weights do. */
+
+typedef struct {  /* a weight (n, k): bfloat16, or as for `few_tokens_4bit` where there are scales */
+    long n, k, block;
+    const void *numbers;
+    const float *scales;
+    const uint16_t *levels;
+} Weight;
+
+typedef struct {
+    Weight q, k, v, proj, gate, up, down;
+    const uint16_t *norm_1, *norm_2;  /* (q.k) */
+    float eps, scale;
+    long heads, groups, size;
+} Block;
+
+static inline float from_bf16(uint16_t value) {
+    union { uint32_t u; float f; } bits = {(uint32_t)value << 16};
+    return bits.f;
+}
+
+TARGET static inline float weight_dot(const Weight *w, long r, const uint16_t *x) {  /* x as `arranged` */
+    if (!w->scales) return dot(w->k, (const uint16_t *)w->numbers + r * w->k, x);
+    float out;
+    __m512i table = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)w->levels));
+    row(1, w->k, w->block, x, (const uint8_t *)w->numbers + r * (w->k / 2), w->scales + r * (w->k / w->block), table, &out);
+    return out;
+}
+
+static void arranged(const Weight *w, uint16_t *x) {  /* in place, as products with w take it */
+    if (!w->scales) return;
+    uint16_t copy[w->k];
+    memcpy(copy, x, sizeof copy);
+    even_first(1, w->k, copy, x);
+}
+
+static void normed(long n, const uint16_t *x, const uint16_t *weight, float eps, uint16_t *y) {
+    float sum = 0;
+    for (long i = 0; i < n; i++) sum += from_bf16(x[i]) * from_bf16(x[i]);
+    float scale = 1 / sqrtf(sum / n + eps);
+    for (long i = 0; i < n; i++) y[i] = to_bf16(from_bf16(x[i]) * scale * from_bf16(weight[i]));
+}
+
+/* Turn the first n numbers of a head, whose angles are the same in both halves. */
+static void turned(long n, const uint16_t *cos, const uint16_t *sin, uint16_t *x) {
+    for (long i = 0, half = n / 2; i < half; i++) {
+        float a = from_bf16(x[i]), b = from_bf16(x[half + i]);
+        x[i] = to_bf16(a * from_bf16(cos[i]) + b * from_bf16(sin[i]));
+        x[half + i] = to_bf16(b * from_bf16(cos[half + i]) + a * from_bf16(sin[half + i]));
+    }
+}
+
+/* y (size) = softmax(scale * keys q) values, of `seen` keys and values (seen, size). */
+TARGET static void attended(long seen, long size, float scale, const uint16_t *q, const uint16_t *keys,
+                            const uint16_t *values, uint16_t *y) {
+    float weights[seen], sums[size], most = -INFINITY, total = 0;
+    for (long s = 0; s < seen; s++) {
+        weights[s] = dot(size, keys + s * size, q) * scale;
+        most = weights[s] > most ? weights[s] : most;
+    }
+    for (long s = 0; s < seen; s++) total += weights[s] = expf(weights[s] - most);
+    memset(sums, 0, sizeof sums);
+    for (long s = 0; s < seen; s++)
+        for (long i = 0; i < size; i++) sums[i] += weights[s] * from_bf16(values[s * size + i]);
+    for (long i = 0; i < size; i++) y[i] = to_bf16(sums[i] / total);
+}
+
+/* y (q.k) is x (q.k) after the block; the token's key and value are stored at `position` of keys and values
+   (groups, capacity, size). cos and sin (n) are its angles. */
+TARGET void one_token_block(const Block *b, const uint16_t *x, const uint16_t *cos, const uint16_t *sin, long n,
+                            uint16_t *keys, uint16_t *values, long capacity, long position, uint16_t *y, long threads) {
+    long width = b->q.k, size = b->size, inner = b->gate.n, per_group = b->heads / b->groups;
+    uint16_t q[b->q.n], heads[b->q.n], middle[width], hidden[inner];
+#pragma omp parallel num_threads(threads)
+    {
+        uint16_t in[width];
+        normed(width, x, b->norm_1, b->eps, in);
+        arranged(&b->q, in);
+#pragma omp for schedule(static)
+        for (long r = 0; r < b->q.n + 2 * b->k.n; r++) {
+            long key = r - b->q.n, value = key - b->k.n;
+            if (key < 0) q[r] = to_bf16(weight_dot(&b->q, r, in));
+            else if (value < 0)
+                keys[(key / size * capacity + position) * size + key % size] = to_bf16(weight_dot(&b->k, key, in));
+            else values[(value / size * capacity + position) * size + value % size] = to_bf16(weight_dot(&b->v, value, in));
+        }
+#pragma omp for schedule(static)
+        for (long group = 0; group < b->groups; group++) turned(n, cos, sin, keys + (group * capacity + position) * size);
+#pragma omp for schedule(static)
+        for (long head = 0; head < b->heads; head++) {
+            long group = head / per_group * capacity * size;
+            turned(n, cos, sin, q + head * size);
+            attended(position + 1, size, b->scale, q + head * size, keys + group, values + group, heads + head * size);
+        }
+#pragma omp single
+        arranged(&b->proj, heads);
+#pragma omp for schedule(static)
+        for (long r = 0; r < width; r++)
+            middle[r] = to_bf16(from_bf16(x[r]) + from_bf16(to_bf16(weight_dot(&b->proj, r, heads))));
+        normed(width, middle, b->norm_2, b->eps, in);
+        arranged(&b->gate, in);
+#pragma omp for schedule(static)
+        for (long r = 0; r < inner; r++) {
+            float gate = from_bf16(to_bf16(weight_dot(&b->gate, r, in)));
+            hidden[r] = to_bf16(gate / (1 + expf(-gate)) * from_bf16(to_bf16(weight_dot(&b->up, r, in))));
+        }
+#pragma omp single
+        arranged(&b->down, hidden);
+#pragma omp for schedule(static)
+        for (long r = 0; r < width; r++)
+            y[r] = to_bf16(from_bf16(middle[r]) + from_bf16(to_bf16(weight_dot(&b->down, r, hidden))));
+    }
 }

@@ -10,17 +10,76 @@ from lit_gpt.kernels import compiled
 MOST_TOKENS = 16
 
 
+class Weight(ctypes.Structure):
+    """A weight as C sees it: (n, k) in bfloat16, or codes in blocks with scales and levels."""
+
+    _fields_ = (
+        *((name, ctypes.c_long) for name in ("n", "k", "block")),
+        *((name, ctypes.c_void_p) for name in ("numbers", "scales", "levels")),
+    )
+
+
+class Block(ctypes.Structure):
+    """A block as C sees it; the tensors that it points to have to live as long."""
+
+    _fields_ = (
+        *((name, Weight) for name in ("q", "k", "v", "proj", "gate", "up", "down")),
+        *((name, ctypes.c_void_p) for name in ("norm_1", "norm_2")),
+        *((name, ctypes.c_float) for name in ("eps", "scale")),
+        *((name, ctypes.c_long) for name in ("heads", "groups", "size")),
+    )
+
+
 @cache
 def _library() -> ctypes.CDLL | None:
     library = compiled("few_tokens") if torch.cpu._is_avx512_bf16_supported() else None
     if library is not None:
         number, pointer = ctypes.c_long, ctypes.c_void_p
         library.few_tokens_4bit.argtypes = [number] * 4 + [pointer] * 5 + [number]
+        library.one_token_bf16.argtypes = [number] * 2 + [pointer] * 3 + [number]
+        library.one_token_block.argtypes = [pointer] * 4 + [number] + [pointer] * 2 + [number] * 2 + [pointer, number]
+        library.one_token_bf16.restype = library.one_token_block.restype = None
     return library
 
 
 def available() -> bool:
     return _library() is not None
+
+
+def one_token(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """weight (out, in) x (in,), (out,); all bfloat16, contiguous and on the CPU. Only where `available`."""
+    library, x, (n, k) = _library(), x.contiguous(), weight.shape
+    assert library is not None, "ask available() first"
+    assert x.shape == (k,)
+    y = torch.empty(n, dtype=torch.bfloat16)
+    library.one_token_bf16(n, k, x.data_ptr(), weight.data_ptr(), y.data_ptr(), torch.get_num_threads())
+    return y
+
+
+def one_token_block(
+    block: Block,
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    position: int,
+) -> torch.Tensor:
+    """x (1, 1, C) after the block; only where `available`.
+
+    cos and sin (1, 1, 1, n) are those of the token's position; keys and values (1, G, capacity, D) hold the tokens
+    before it, and get its own. All bfloat16, contiguous and on the CPU.
+    """
+    library, capacity = _library(), keys.shape[2]
+    assert library is not None, "ask available() first"
+    assert position < capacity
+    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+    y = torch.empty_like(x)
+    library.one_token_block(
+        *(ctypes.addressof(block), x.data_ptr(), cos.data_ptr(), sin.data_ptr(), cos.shape[-1]),
+        *(keys.data_ptr(), values.data_ptr(), capacity, position, y.data_ptr(), torch.get_num_threads()),
+    )
+    return y
 
 
 def product_4bit(
