@@ -85,7 +85,7 @@ def test_attention_in_blocks(lengths: tuple[int, ...], groups: int) -> None:
     q, k, v = (torch.randn(1, sum(lengths), n, 16).transpose(1, 2) for n in (6, groups, groups))
 
     def fast(q, k, v):
-        return ops._BlockAttention.apply(q, k, v, 0.3, layout)
+        return ops._CPUAttention.apply(q, k, v, 0.3, layout)
 
     def through_ops(q, k, v):
         return ops.attention(q, k, v, scale=0.3, layout=layout)
@@ -94,7 +94,7 @@ def test_attention_in_blocks(lengths: tuple[int, ...], groups: int) -> None:
     both(fast, lambda *a: reference(*a).float(), *(x.requires_grad_() for x in (q, k, v)))
     half = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
     both(through_ops, lambda *a: reference(*a).bfloat16(), *half)
-    assert "BlockAttention" in type(through_ops(*half).grad_fn).__name__  # so it was the fast body that was tested
+    assert "CPUAttention" in type(through_ops(*half).grad_fn).__name__  # so it was the fast body that was tested
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -149,7 +149,7 @@ def test_attention_in_blocks_of_a_padded_batch() -> None:
     layout = Layout.of(torch.zeros(2, 270, dtype=torch.long))
     q, k, v = (torch.randn(2, 270, n, 16).transpose(1, 2).requires_grad_() for n in (4, 2, 2))
     both(
-        lambda *a: ops._BlockAttention.apply(*a, 0.25, layout),
+        lambda *a: ops._CPUAttention.apply(*a, 0.25, layout),
         lambda *a: reference_attention((270,), 0.25)(*a).float(),
         *(q, k, v),
     )
