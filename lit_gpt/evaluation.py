@@ -1,19 +1,21 @@
 """A model behind lm-eval's interface: base, merged, or base with an adapter run unmerged. Needs lm-eval installed."""
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
+from torch.nn.utils.rnn import pad_sequence
 
+from lit_gpt import ops, rope
 from lit_gpt.generation import Sampler, generate_batch, greedy
 from lit_gpt.inference import Assistant
+from lit_gpt.ops import Layout
 from lit_gpt.report import Progress
 
 OLD_NAMES = {  # the original's spelling -> today's; `*` on the left is carried over
@@ -41,6 +43,11 @@ def find_tasks(wanted: Sequence[str], manager: TaskManager) -> list[str]:
             raise ValueError(f"no task is named {name!r}; give --include_path for task files of your own")
         found += [match for match in matches if match not in found]
     return found
+
+
+def _row_length(item: Sequence[Request]) -> int:
+    """Tokens of a context and of what follows it in each of its requests."""
+    return len(item[0][1]) + sum(len(wanted) - 1 for _, _, wanted in item)
 
 
 class LitGPT(TemplateLM):
@@ -79,30 +86,80 @@ class LitGPT(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """For each request the log probability of its continuation, and whether it is the likeliest one."""
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
-        with Progress("scoring", len(order), enabled=not disable_tqdm) as progress:
+        order = sorted(self._items(requests), key=lambda item: -_row_length([requests[i] for i in item]))
+        done = 0
+        with Progress("scoring", len(requests), enabled=not disable_tqdm) as progress:
             for start in range(0, len(order), self.batch_size):
                 chosen = order[start : start + self.batch_size]
-                for index, result in zip(chosen, self._score([requests[i] for i in chosen]), strict=True):
-                    results[index] = result
-                progress.update(start + len(chosen))
+                with self.assistant.autocast():
+                    scores = self._score([[requests[i] for i in item] for item in chosen])
+                for index, score in zip((i for item in chosen for i in item), scores, strict=True):
+                    results[index] = score
+                done += sum(map(len, chosen))
+                progress.update(done)
         return results
 
-    def _score(self, requests: Sequence[Request]) -> Iterator[tuple[float, bool]]:
-        rows = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in requests]
-        tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row[:-1]) for row in rows], batch_first=True)
-        with self.assistant.autocast():
-            x = self.model.transformer(tokens.to(self.assistant.device), None, None)
-            # The head reads only the places whose next token is asked for.
-            spans = [
-                (len(row) - 1 - len(wanted), len(row) - 1) for row, (_, _, wanted) in zip(rows, requests, strict=True)
-            ]
-            logits = self.model.head(torch.cat([x[i, a:b] for i, (a, b) in enumerate(spans)]))
-        logprobs = F.log_softmax(logits.float(), dim=-1)
-        for part, (_, _, wanted) in zip(logprobs.split([b - a for a, b in spans]), requests, strict=True):
-            answer = torch.tensor(wanted, device=part.device)
-            total = part.gather(-1, answer[:, None]).sum()
-            yield float(total), bool((part.argmax(dim=-1) == answer).all())
+    def _items(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Places of requests with one context, which is run once for all of them, as far as a row holds them."""
+        alone = (self.model.config.rope_scaling or {}).get("rope_type") in rope.BY_LENGTH
+        items: list[list[int]] = []
+        open_items: dict[tuple[int, ...], list[int]] = {}
+        for index, (_, context, _wanted) in enumerate(requests):
+            item = open_items.get(tuple(context), [])
+            if not item or alone or _row_length([*(requests[i] for i in item), requests[index]]) > self.max_length:
+                item = open_items[tuple(context)] = []
+                items.append(item)
+            item.append(index)
+        return items
+
+    def _score(self, items: Sequence[Sequence[Request]]) -> list[tuple[float, bool]]:
+        """Of each request of each item. A row is a context and its continuations, which do not see one another."""
+        tokens: list[list[int]] = []
+        positions: list[list[int]] = []
+        branches: list[list[int]] = []
+        asked: list[tuple[int, int]] = []  # row and place of each token that tells what follows it
+        for row, item in enumerate(items):
+            room = self.max_length + 1 - max(len(wanted) for _, _, wanted in item)
+            context = item[0][1][-room:]  # cut on the left to what the model can see
+            n = len(context)
+            tokens.append(list(context))
+            positions.append(list(range(n)))
+            branches.append([0] * n)
+            for branch, (_, _, wanted) in enumerate(item, start=1):
+                first, more = len(tokens[row]), len(wanted) - 1
+                asked += [(row, n - 1), *((row, first + i) for i in range(more))]
+                tokens[row] += wanted[:-1]
+                positions[row] += range(n, n + more)
+                branches[row] += [branch] * more
+        layout = None
+        if any(len(item) > 1 for item in items):
+            at = self._padded(positions, 0)
+            layout = Layout(at, int(at.max()) + 1, branches=self._padded(branches, -1))  # nobody sees the padding
+        x = self.model.transformer(self._padded(tokens, 0), layout=layout)
+        at_row, at_place = torch.tensor(asked, device=x.device).t()
+        answers = [wanted for item in items for _, _, wanted in item]
+        return self._compared(x[at_row, at_place], answers)
+
+    def _padded(self, rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+        tensors = [torch.tensor(row) for row in rows]
+        return pad_sequence(tensors, batch_first=True, padding_value=value).to(self.assistant.device)
+
+    def _compared(self, x: torch.Tensor, answers: Sequence[list[int]]) -> list[tuple[float, bool]]:
+        """Of states (n, C) before the tokens of all answers: each one's log probability, and whether it is likeliest.
+
+        Logits are of a few hundred tokens at a time: more would not stay in a cache.
+        """
+        wanted = torch.tensor([token for answer in answers for token in answer], device=x.device)
+        losses, likeliest = [], []
+        for states, labels in zip(x.split(256), wanted.split(256), strict=True):
+            logits = self.model.head(states)
+            losses.append(ops.cross_entropy(logits, labels, False)[0])
+            is_best = logits.amax(dim=-1) == logits.gather(-1, labels[:, None])[:, 0]
+            is_best[is_best.clone()] = logits[is_best].argmax(dim=-1) == labels[is_best]  # the first of equals
+            likeliest.append(is_best)
+        counts = [len(answer) for answer in answers]
+        parts = zip(torch.cat(losses).split(counts), torch.cat(likeliest).split(counts), strict=True)
+        return [(-float(loss.sum()), bool(is_best.all())) for loss, is_best in parts]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log probability of whole texts, in windows that do not overlap in what they score."""

@@ -78,9 +78,15 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = make_norm(config, config.n_embd)
 
-    def forward(self, tokens: torch.Tensor, lengths: Sequence[int] | None, cache: KVCache | None) -> torch.Tensor:
-        """The state (B, T, C) that the head reads; arguments as `GPT.forward`'s."""
-        layout = Layout.of(tokens, lengths)
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        lengths: Sequence[int] | None = None,
+        cache: KVCache | None = None,
+        layout: Layout | None = None,
+    ) -> torch.Tensor:
+        """The state (B, T, C) that the head reads; arguments as `GPT.forward`'s, or `layout` in their place."""
+        layout = layout or Layout.of(tokens, lengths)
         if cache is not None:
             positions = cache.positions(tokens.shape[1]).to(tokens.device)
             ragged = len(set(cache.lengths)) > 1

@@ -48,12 +48,15 @@ class Layout:
     """Which tokens a batch holds: at which positions, and which may see which.
 
     Plain batches (B, T) are causal, so padding on the right is never seen. `lengths` splits one row (1, T) into the
-    sequences that were laid end to end. With `cached`, keys reach back to position 0; `positions` are the queries'.
+    sequences that were laid end to end. `branches` are continuations of one beginning, laid end to end behind it: a
+    token sees the beginning, where they are 0, and its own. With `cached`, keys reach back to position 0; `positions`
+    are the queries'.
     """
 
     positions: torch.Tensor  # (B, T)
     length: int  # longest position + 1
     lengths: Sequence[int] | None = None
+    branches: torch.Tensor | None = None  # (B, T)
     cached: bool = False
     ragged: bool = False  # the cached sequences differ in length
     _beyond: dict[int | None, torch.Tensor] = field(default_factory=dict)
@@ -76,12 +79,19 @@ class Layout:
                 begin += length
 
     def beyond(self, window: int | None) -> torch.Tensor | None:
-        """Where queries must not look among the cached positions, (B, 1, T, S); None if nowhere. Made once."""
-        if self.positions.shape[1] == 1 and not self.ragged and (window is None or window >= self.length):
+        """Where queries must not look among cached positions or branches, (B, 1, T, S); None if nowhere. Made once."""
+        sees_all = window is None or window >= self.length
+        if self.branches is None and self.positions.shape[1] == 1 and not self.ragged and sees_all:
             return None
         if window not in self._beyond:
-            keys, at = torch.arange(self.length, device=self.positions.device), self.positions[:, None, :, None]
-            self._beyond[window] = keys > at if window is None else (keys > at) | (keys <= at - window)
+            at, keys = self.positions[:, None, :, None], torch.arange(self.length, device=self.positions.device)
+            if self.branches is not None:
+                keys = self.positions[:, None, None]
+            hidden = keys > at if window is None else (keys > at) | (keys <= at - window)
+            if self.branches is not None:
+                theirs = self.branches[:, None, None]
+                hidden |= (theirs != 0) & (theirs != self.branches[:, None, :, None])
+            self._beyond[window] = hidden
         return self._beyond[window]
 
 
@@ -260,7 +270,7 @@ def attention(
 
     `window` positions are visible, the token's own included; `softcap` bounds the scores, c * tanh(s / c).
     """
-    if layout.cached and q.shape[2] != k.shape[2]:
+    if layout.branches is not None or (layout.cached and q.shape[2] != k.shape[2]):
         return _masked(q, k, v, scale, layout.beyond(window), softcap)
     lengths = layout.lengths or (q.shape[2],)
     slides = window is not None and window < max(lengths)
@@ -335,7 +345,6 @@ class _CPUAttention(torch.autograd.Function):
         dq, dk, dv = (x.new_empty(batch, n, x.shape[1], size).transpose(1, 2) for x in (q, k, v))
         for row, begin, length in ctx.layout.rows(batch, n):
             keys, values = (x[row, :, begin : begin + length].contiguous() for x in (k, v))
-            d_keys = d_values = None
             for start in reversed(range(0, length, _CPUAttention.BLOCK)):
                 stop = min(start + _CPUAttention.BLOCK, length)
                 here = slice(begin + start, begin + stop)
@@ -347,7 +356,7 @@ class _CPUAttention(torch.autograd.Function):
                 d_scores = causal_softmax_backward(d_weights, weights, stop - start, ctx.scale)
                 dq[row, :, here] = torch.bmm(d_scores, keys[:, :stop]).view(heads, -1, size)
                 more_keys = torch.bmm(d_scores.mT, queries)
-                if d_keys is None:  # the last block sees all keys, those before it add to what it gives
+                if stop == length:  # the last block sees all keys, those before it add to what it gives
                     d_keys, d_values = more_keys, more_values
                 else:
                     d_keys[:, :stop] += more_keys
@@ -396,22 +405,22 @@ def head_loss(
 def cross_entropy(
     logits: torch.Tensor, labels: torch.Tensor, wants_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The summed cross entropy of logits (n, V) with labels (n,), float32, and its gradient in the logits' precision.
+    """The cross entropies (n,) of logits (n, V) with labels (n,), float32, and their gradient in the logits' precision.
 
     Each pass over the logits counts: they are the largest tensor of a step.
     """
     if in_c(logits):
         gradient = torch.empty_like(logits) if wants_gradient else None
-        return rows.cross_entropy(logits.contiguous(), labels, gradient).sum(), gradient
+        return rows.cross_entropy(logits.contiguous(), labels, gradient), gradient
     at = labels[:, None]
     wide = logits.to(torch.float32, copy=True).sub_(logits.amax(dim=-1, keepdim=True))
     wanted = wide.gather(1, at)
     total = wide.exp_().sum(dim=-1, keepdim=True)
-    loss = (total.log() - wanted).sum()
+    losses = (total.log() - wanted)[:, 0]
     if not wants_gradient:
-        return loss, None
+        return losses, None
     wide.div_(total).scatter_add_(1, at, torch.full_like(total, -1.0))
-    return loss, wide.to(logits.dtype)
+    return losses, wide.to(logits.dtype)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -424,8 +433,8 @@ class _HeadLoss(torch.autograd.Function):
             with torch.set_grad_enabled(any(needed)):
                 piece = x[start : start + chunk].detach().requires_grad_(needed[0])
                 logits = head(piece)
-            loss, d_logits = cross_entropy(logits.detach(), labels[start : start + chunk], any(needed))
-            total += loss
+            losses, d_logits = cross_entropy(logits.detach(), labels[start : start + chunk], any(needed))
+            total += losses.sum()
             if any(needed):
                 leaves = [t for t, need in zip((piece, *parameters), needed, strict=True) if need]
                 grads = iter(torch.autograd.grad(logits, leaves, d_logits))

@@ -88,6 +88,8 @@ SCALINGS: dict[str, Rule] = {
     "longrope": _longrope,
 }
 
+BY_LENGTH = ("dynamic", "longrope")  # rules by which the length of a text changes the angles of all its tokens
+
 
 def frequencies(n: int, base: float, device: torch.device | None = None) -> torch.Tensor:
     """Plain inverse frequencies (n/2,), float32."""

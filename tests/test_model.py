@@ -11,6 +11,7 @@ from lit_gpt.cache import KVCache
 from lit_gpt.files import FolderSource
 from lit_gpt.generation import generate, generate_batch
 from lit_gpt.model import IGNORE_INDEX
+from lit_gpt.ops import Layout
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -114,3 +115,23 @@ def test_nothing_labelled_costs_nothing(tmp_path: Path) -> None:
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", [name for name in TWINS if name not in ("llama-dynamic", "phi3-longrope")])
+@torch.no_grad()
+def test_branches_see_their_beginning_and_themselves(name: str, tmp_path: Path) -> None:
+    make_twin(name, tmp_path)
+    model = checkpoint.load_model(tmp_path, torch.float32).eval()
+    begun, branches = torch.randint(0, 101, (12,)).tolist(), [[2, 6, 5], [8], [9, 7, 9, 3, 2] * 3]
+    tokens, positions, numbers = list(begun), list(range(12)), [0] * 12
+    for number, branch in enumerate(branches, start=1):
+        tokens += branch
+        positions += range(12, 12 + len(branch))
+        numbers += [number] * len(branch)
+    padding = [0, 0]  # up to the length of another row
+    layout = Layout(torch.tensor([positions + padding]), 27, branches=torch.tensor([[*numbers, -1, -1]]))
+    x = model.transformer(torch.tensor([tokens + padding]), layout=layout)[0, : len(tokens)]
+    beginning, *pieces = x.split([12, *map(len, branches)])
+    for piece, branch in zip(pieces, branches, strict=True):
+        alone = model.transformer(torch.tensor([begun + branch]))[0]
+        torch.testing.assert_close(torch.cat([beginning, piece]), alone, atol=1e-4, rtol=1e-4)
