@@ -14,11 +14,8 @@ from lit_gpt.quantization import Linear4bit, levels_of
 from lit_gpt.surgery import swap
 
 
-class VectorLinear(nn.Linear):
-    """A frozen bfloat16 layer: one token is a matrix-vector product, for which torch reads faster than for a matrix's.
-
-    More tokens are computed as ever.
-    """
+class FewTokensLinear(nn.Linear):
+    """A frozen bfloat16 layer that reads its weight as fast as memory allows; more tokens are computed as ever."""
 
     def __init__(self, plain: nn.Linear):
         nn.Module.__init__(self)
@@ -26,10 +23,14 @@ class VectorLinear(nn.Linear):
         self.weight, self.bias = plain.weight, plain.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.numel() != self.in_features or x.dtype != self.weight.dtype or torch.is_grad_enabled():
+        n_tokens = x.numel() // self.in_features
+        most = few_tokens.MOST_TOKENS if few_tokens.available() else 1
+        if n_tokens > most or x.dtype != self.weight.dtype or torch.is_grad_enabled():
             return super().forward(x)
-        product = few_tokens.one_token if few_tokens.available() else lambda x, weight: torch.mv(weight, x)
-        y = product(x.flatten(), self.weight)
+        if few_tokens.available():
+            y = few_tokens.product(x.view(n_tokens, -1), self.weight)
+        else:
+            y = torch.mv(self.weight, x.flatten())  # for which torch reads faster than for a matrix of one row
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
 
 
@@ -52,7 +53,7 @@ class FewTokensLinear4bit(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         dtype = autocast_dtype(x)
         flat = x.flatten(0, -2)
-        if torch.is_grad_enabled() or dtype != torch.bfloat16 or len(flat) > few_tokens.MOST_TOKENS:
+        if torch.is_grad_enabled() or dtype != torch.bfloat16 or len(flat) > few_tokens.MOST_TOKENS_4BIT:
             return self.layer(x)
         layer = self.layer
         y = few_tokens.product_4bit(flat.to(dtype), layer.weight, self.scales, self.levels, layer.block)
@@ -98,7 +99,7 @@ class OneTokenBlock(nn.Module):
         layers: list[Any] = [block.get_submodule(name) for name in OneTokenBlock.LAYERS]
         return (
             len({type(layer) for layer in layers}) == 1
-            and isinstance(layers[0], VectorLinear | FewTokensLinear4bit)
+            and isinstance(layers[0], FewTokensLinear | FewTokensLinear4bit)
             and all(layer.bias is None for layer in layers)
             and all(norm.dtype == torch.bfloat16 and norm.device.type == "cpu" for norm in _norms(block))
         )
@@ -131,7 +132,7 @@ def lay_out(model: nn.Module) -> None:
     swap(
         model,
         lambda name, module: type(module) is nn.Linear and module.weight.dtype == torch.bfloat16,
-        lambda name, module: VectorLinear(module),  # type: ignore[arg-type]
+        lambda name, module: FewTokensLinear(module),  # type: ignore[arg-type]
     )
     swap(
         model,

@@ -19,7 +19,7 @@ needs_kernel = pytest.mark.skipif(not few_tokens.available(), reason="no AVX512-
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["bnb.nf4", "bnb.nf4-dq", "bnb.fp4"])
 @pytest.mark.parametrize(("n", "k"), [(1, 64), (33, 192), (64, 1024)])
-@pytest.mark.parametrize("tokens", [1, 3, few_tokens.MOST_TOKENS])
+@pytest.mark.parametrize("tokens", [1, 3, few_tokens.MOST_TOKENS_4BIT])
 def test_few_tokens_are_multiplied_as_dequantizing_first_would(kind: str, n: int, k: int, tokens: int) -> None:
     torch.manual_seed(0)
     layer = quantization.quantize(torch.randn(n, k), kind)
@@ -41,7 +41,7 @@ def test_a_layer_keeps_its_bias_and_larger_batches_take_the_other_way() -> None:
     layer = quantization.quantize(torch.randn(8, 64), "bnb.nf4")
     layer.bias = nn.Parameter(torch.randn(8).bfloat16(), requires_grad=False)
     fast = decoding.FewTokensLinear4bit(layer)  # type: ignore[arg-type]
-    for tokens in (2, few_tokens.MOST_TOKENS + 1):
+    for tokens in (2, few_tokens.MOST_TOKENS_4BIT + 1):
         x = torch.randn(tokens, 64).bfloat16()
         torch.testing.assert_close(fast(x), layer(x), atol=0.1, rtol=0.02)
     x = torch.randn(2, 64)
@@ -132,9 +132,10 @@ def test_one_call_per_block_agrees_wherever_it_is_used(changes: dict) -> None:
 @needs_kernel
 @torch.no_grad()
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (5, 31), (33, 192), (64, 1000)])
-def test_a_vector_is_multiplied_as_in_float64(n: int, k: int) -> None:
+@pytest.mark.parametrize("tokens", [1, 2, 3, few_tokens.MOST_TOKENS])
+def test_few_tokens_are_multiplied_as_in_float64(tokens: int, n: int, k: int) -> None:
     torch.manual_seed(0)
-    x, weight = torch.randn(k).bfloat16(), torch.randn(n, k).bfloat16()
-    expected = weight.double() @ x.double()
-    bound = 2**-8 * (weight.double().abs() @ x.double().abs())
-    assert ((few_tokens.one_token(x, weight).double() - expected).abs() <= bound).all()
+    x, weight = torch.randn(tokens, k).bfloat16(), torch.randn(n, k).bfloat16()
+    expected = x.double() @ weight.double().t()
+    bound = 2**-8 * (x.double().abs() @ weight.double().abs().t())
+    assert ((few_tokens.product(x, weight).double() - expected).abs() <= bound).all()

@@ -7,7 +7,8 @@ import torch
 
 from lit_gpt.kernels import compiled
 
-MOST_TOKENS = 16
+MOST_TOKENS = 4  # for bfloat16: with more, torch's products are as fast
+MOST_TOKENS_4BIT = 16
 
 
 class Weight(ctypes.Structure):
@@ -36,6 +37,7 @@ def _library() -> ctypes.CDLL | None:
     if library is not None:
         number, pointer = ctypes.c_long, ctypes.c_void_p
         library.few_tokens_4bit.argtypes = [number] * 4 + [pointer] * 5 + [number]
+        library.few_tokens_bf16.argtypes = [number] * 3 + [pointer] * 3 + [number]
         library.one_token_bf16.argtypes = [number] * 2 + [pointer] * 3 + [number]
         library.one_token_block.argtypes = [pointer] * 4 + [number] + [pointer] * 2 + [number] * 2 + [pointer, number]
         library.one_token_bf16.restype = library.one_token_block.restype = None
@@ -46,13 +48,21 @@ def available() -> bool:
     return _library() is not None
 
 
-def one_token(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """weight (out, in) x (in,), (out,); all bfloat16, contiguous and on the CPU. Only where `available`."""
+def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x (m, in) weight^T, (m, out), for m up to `MOST_TOKENS`; only where `available`.
+
+    Both are bfloat16 and on the CPU, and weight (out, in) is contiguous.
+    """
     library, x, (n, k) = _library(), x.contiguous(), weight.shape
     assert library is not None, "ask available() first"
-    assert x.shape == (k,)
-    y = torch.empty(n, dtype=torch.bfloat16)
-    library.one_token_bf16(n, k, x.data_ptr(), weight.data_ptr(), y.data_ptr(), torch.get_num_threads())
+    assert x.shape[1] == k
+    y = torch.empty(len(x), n, dtype=torch.bfloat16)
+    pointers = (x.data_ptr(), weight.data_ptr(), y.data_ptr(), torch.get_num_threads())
+    if len(x) == 1:
+        library.one_token_bf16(n, k, *pointers)
+    else:
+        failed = library.few_tokens_bf16(len(x), n, k, *pointers)
+        assert not failed, f"{len(x)} tokens are too many, or there is no memory"
     return y
 
 
@@ -85,7 +95,7 @@ def one_token_block(
 def product_4bit(
     x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, levels: torch.Tensor, block: int
 ) -> torch.Tensor:
-    """x (m, in) W^T, (m, out) in bfloat16, for m up to `MOST_TOKENS`; only where `available`.
+    """x (m, in) W^T, (m, out) in bfloat16, for m up to `MOST_TOKENS_4BIT`; only where `available`.
 
     W is codes (out * in / 2) uint8 into levels (16,) bfloat16, times float32 scales (out * in / block); all contiguous,
     on the CPU, and `block` a multiple of 64 that divides `in`.
