@@ -213,6 +213,47 @@ def load_model(
     return model
 
 
+def load_by_block(folder: Path, dtype: torch.dtype, ran: Callable[[], None] = lambda: None) -> GPT:
+    """The model of a checkpoint folder, each part of which gets its weights when it runs and gives them up after.
+
+    For one look at a model that memory does not hold: only one block is there at a time, read anew for each pass.
+    `ran` is called after each of the blocks.
+    """
+    weights = Weights.from_folder(folder)
+    model, tied = hollow(weights.config).requires_grad_(False), weights.config.tie_embeddings
+    names = ["wte", "wpe", *(f"h.{layer}" for layer in range(weights.config.n_layer)), "ln_f"]
+    parts = [f"transformer.{name}" for name in names if name != "wpe" or weights.config.learned_positions] + ["lm_head"]
+    for prefix in parts:
+        source = "transformer.wte" if prefix == "lm_head" and tied else prefix
+        steps = [step for step in weights.steps if step.ours[0].startswith(f"{source}.")]
+        owners = {
+            name: model.get_submodule(name.replace(source, prefix).rpartition(".")[0])
+            for step in steps
+            for name in step.ours
+        }
+        part = model.get_submodule(prefix)
+        part.register_forward_pre_hook(partial(_bring, weights, steps, owners, dtype))
+        part.register_forward_hook(partial(_take_away, owners, ran if ".h." in prefix else lambda: None))
+    return model
+
+
+def _bring(
+    weights: Weights, steps: list[Step], owners: dict[str, nn.Module], dtype: torch.dtype, *hooked: object
+) -> None:
+    for step in steps:
+        for name, tensor in zip(step.ours, weights._read(step), strict=True):
+            parameter = nn.Parameter(tensor.to(dtype, copy=True), requires_grad=False)
+            setattr(owners[name], name.rpartition(".")[2], parameter)
+        weights.source.release(step.theirs)
+
+
+def _take_away(owners: dict[str, nn.Module], ran: Callable[[], None], *hooked: object) -> None:
+    for name, owner in owners.items():
+        leaf = name.rpartition(".")[2]
+        setattr(owner, leaf, nn.Parameter(getattr(owner, leaf).to("meta"), requires_grad=False))
+    ran()
+
+
 def place(
     model: GPT, name: str, tensor: torch.Tensor, dtype: torch.dtype, norm_dtype: torch.dtype, device: torch.device | str
 ) -> None:

@@ -188,7 +188,11 @@ def load_adapter_state(model: nn.Module, state: dict[str, torch.Tensor], where: 
     _compare({name: factor.shape for name, factor in factors.items()}, state, where)
     with torch.no_grad():
         for name, factor in factors.items():
-            factor.copy_(state[name])
+            if factor.is_meta:  # of a model that gets its weights when it runs
+                owner, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(owner), leaf, nn.Parameter(state[name].float()))
+            else:
+                factor.copy_(state[name])
 
 
 def _compare(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, torch.Tensor], where: object) -> None:

@@ -1,5 +1,6 @@
 """Fold an adapter into a checkpoint on disk, a tensor at a time, and look whether the result is what was trained."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,23 +83,46 @@ class Comparison:
         return None
 
 
-@torch.inference_mode()
-def compare(checkpoint_dir: Path, lora_path: Path, merged_dir: Path, dtype: torch.dtype) -> Comparison:
-    """Run base, base + adapter and the merged file on a few prompts in `dtype`; the base as the adapter was trained."""
+def _opened(checkpoint_dir: Path, dtype: torch.dtype, adapter: Adapter, ran: Callable[[], None] = lambda: None) -> GPT:
+    """The base as the adapter was trained."""
+    if adapter.quantize is None:
+        return checkpoint.load_by_block(checkpoint_dir, dtype, ran)
+    return checkpoint.load_model(checkpoint_dir, dtype, quantize=adapter.quantize)
+
+
+@torch.no_grad()
+def compare(
+    checkpoint_dir: Path,
+    lora_path: Path,
+    merged_dir: Path,
+    dtype: torch.dtype,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Comparison:
+    """Run base, base + adapter and the merged file on a few prompts in `dtype`; the base as the adapter was trained.
+
+    In memory there is one block of them at a time, or the quantized base.
+    """
     adapter = Adapter.load(lora_path)
     tokenizer, style = Tokenizer(checkpoint_dir), get_style(adapter.prompt_style)
     prompts = [torch.tensor([tokenizer.encode(style(prompt, ""))]) for prompt in PROMPTS]
 
     def logits(model: GPT) -> torch.Tensor:
-        limit = model.config.block_size
-        return torch.cat([model.eval()(prompt[:, :limit])[0] for prompt in prompts]).float()
+        rows = [prompt[:, : model.config.block_size] for prompt in prompts]
+        lengths = [row.shape[1] for row in rows]
+        return model.eval()(torch.cat(rows, dim=1), lengths=lengths)[0].float()
 
-    model = checkpoint.load_model(checkpoint_dir, dtype, quantize=adapter.quantize)
+    done, passes = itertools.count(1), 3 if adapter.quantize is None else 1
+    n_blocks = passes * checkpoint.load_config(checkpoint_dir).n_layer
+
+    def ran() -> None:
+        progress(next(done), n_blocks)
+
+    model = _opened(checkpoint_dir, dtype, adapter, ran)
     base = logits(model)
     adapter.attach(model, checkpoint_dir, lora_path)
     unmerged = logits(model)
     del model
-    merged = logits(checkpoint.load_model(merged_dir, dtype))
+    merged = logits(checkpoint.load_by_block(merged_dir, dtype, ran))
     difference = (merged - unmerged).abs()
     agreement = (merged.argmax(-1) == unmerged.argmax(-1)).float().mean()
     return Comparison(
@@ -106,7 +130,7 @@ def compare(checkpoint_dir: Path, lora_path: Path, merged_dir: Path, dtype: torc
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def held_out_losses(
     checkpoint_dir: Path, lora_path: Path, merged_dirs: dict[str, Path], data_dir: Path, max_rows: int = 64
 ) -> dict[str, float]:
@@ -117,14 +141,13 @@ def held_out_losses(
     _, rows, _ = open_prepared(data_dir, tokenizer, config.block_size, config.vocab_size)
 
     def loss(model: GPT) -> float:
-        batches = [rows.batch([index], packing=True) for index in range(min(max_rows, len(rows)))]
-        total = sum(float(model.eval()(b.tokens, labels=b.labels, lengths=b.lengths)) for b in batches)
-        return total / sum(b.n_labels for b in batches)
+        batch = rows.batch(list(range(min(max_rows, len(rows)))), packing=True)
+        return float(model.eval()(batch.tokens, labels=batch.labels, lengths=batch.lengths)) / batch.n_labels
 
-    model = checkpoint.load_model(checkpoint_dir, torch.float32, quantize=adapter.quantize)
+    model = _opened(checkpoint_dir, torch.float32, adapter)
     adapter.attach(model, checkpoint_dir, lora_path)
     losses = {"base + adapter, unmerged": loss(model)}
     del model
     for name, folder in merged_dirs.items():
-        losses[name] = loss(checkpoint.load_model(folder, torch.float32))
+        losses[name] = loss(checkpoint.load_by_block(folder, torch.float32))
     return losses

@@ -48,8 +48,9 @@ def main(
     with Progress("merging", 1) as progress:
         share = lambda done, total: progress.update(done / total)  # noqa: E731
         merging.merge_folder(checkpoint_dir, adapter, out_dir, dtype, base == "dequantized", share)
-    print(f"wrote {out_dir / checkpoint.files.LIT_MODEL}; comparing it with base + adapter", file=sys.stderr)
-    result = merging.compare(checkpoint_dir, lora_path, out_dir, torch.float32)
+    print(f"wrote {out_dir / checkpoint.files.LIT_MODEL}", file=sys.stderr)
+    with Progress("comparing it with base + adapter", 1) as progress:
+        result = merging.compare(checkpoint_dir, lora_path, out_dir, torch.float32, share)
     rows = [
         ("check on a few prompts", "value"),
         ("greatest logit difference, merged and unmerged", f"{result.max_difference:.4f}"),
