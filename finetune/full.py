@@ -1,6 +1,7 @@
 """Fine-tune all weights of a model; see tutorials/finetune_full.md."""
 
 from pathlib import Path
+from typing import Literal
 
 from lit_gpt.args import EvalArgs, TrainArgs
 from lit_gpt.cli import run
@@ -15,6 +16,7 @@ def main(
     train: TrainArgs = TrainArgs(learning_rate=3e-5),  # noqa: B008 - frozen
     eval: EvalArgs = EvalArgs(),  # noqa: B008
     activation_checkpointing: bool = False,
+    compile: bool | Literal["auto"] = False,
     devices: int = 1,
     num_nodes: int = 1,
     seed: int = 1337,
@@ -34,6 +36,7 @@ def main(
         train: How to train.
         eval: When and how to validate.
         activation_checkpointing: Run each block twice instead of keeping what is inside it: less memory, more work.
+        compile: Let torch's compiler fuse the blocks' small operators; auto does so for long runs on a GPU.
         devices: Accelerators (or CPU processes) to train on.
         num_nodes: Machines to train on.
         seed: Of the rows' order.
@@ -52,8 +55,7 @@ def main(
     fabric.seed_everything(seed, verbose=False)
     model = checkpoint.load_model(checkpoint_dir, kind.trained, device=fabric.device)
     checkpoint.unfreeze(model)
-    if activation_checkpointing:
-        runtime.checkpoint_activations(model)
+    runtime.change_blocks(model, compiled=job.compiles(fabric), checkpointed=activation_checkpointing)
 
     def save(path: Path, run: Run) -> None:
         checkpoint.save_model(path, model, checkpoint_dir, job.meta["prompt_style"], dtype=kind.frozen)

@@ -1,6 +1,7 @@
 """Fine-tune a model with LoRA or QLoRA; see tutorials/finetune_lora.md."""
 
 from pathlib import Path
+from typing import Literal
 
 from lit_gpt.args import EvalArgs, TrainArgs
 from lit_gpt.cli import run
@@ -25,6 +26,7 @@ def main(
     train: TrainArgs = TrainArgs(),  # noqa: B008 - frozen
     eval: EvalArgs = EvalArgs(),  # noqa: B008
     activation_checkpointing: bool = False,
+    compile: bool | Literal["auto"] = False,
     devices: int = 1,
     num_nodes: int = 1,
     seed: int = 1337,
@@ -38,8 +40,7 @@ def main(
         checkpoint_dir: The base: a converted folder, or one that holds only HF files.
         out_dir: Where adapter, metrics and report go.
         precision: bf16-mixed, bf16-true, 16-mixed, 16-true or 32-true; the default is the best that this machine has.
-        quantize: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8: keep the frozen weights in 4 or 8 bits;
-            with +head after it the output head too.
+        quantize: Keep frozen weights in bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8; +head: the head's too.
         lora_r: Rank of the update.
         lora_alpha: The update is scaled by alpha / r.
         lora_dropout: Share of a layer's inputs that its update does not see while training.
@@ -53,6 +54,7 @@ def main(
         train: How to train.
         eval: When and how to validate.
         activation_checkpointing: Run each block twice instead of keeping what is inside it: less memory, more work.
+        compile: Let torch's compiler fuse the blocks' small operators; auto does so for long runs on a GPU.
         devices: Accelerators (or CPU processes) to train on.
         num_nodes: Machines to train on.
         seed: Of the rows' order, the factors and the dropout.
@@ -67,16 +69,14 @@ def main(
 
     targets = {name: settings[f"lora_{name}"] for name in lora.TARGETS}
     adapter = lora.LoRASettings.from_flags(lora_r, lora_alpha, lora_dropout, **targets)
-    kind = runtime.resolve_precision(precision, training=True)
-    bits = quantization.resolve(quantize)
+    kind, bits = runtime.resolve_precision(precision, training=True), quantization.resolve(quantize)
     job = Job(data_dir, checkpoint_dir, out_dir, train, eval, adapter, {**settings, "precision": kind.name})
     fabric = runtime.launch(kind, devices, num_nodes)
     fabric.seed_everything(seed, verbose=False)
-    how = {"norm_dtype": kind.trained, "device": fabric.device, "quantize": bits}
+    how = {"device": fabric.device, "quantize": bits, "norm_dtype": kind.trained}
     model = checkpoint.load_model(checkpoint_dir, kind.frozen, **how)
     lora.attach(model, adapter)
-    if activation_checkpointing:
-        runtime.checkpoint_activations(model)
+    runtime.change_blocks(model, compiled=job.compiles(fabric), checkpointed=activation_checkpointing)
 
     def save(path: Path, run: Run) -> None:
         base = {"base_name": model.config.name, "base_fingerprint": job.base_fingerprint}

@@ -26,6 +26,7 @@ from lit_gpt.runtime import (
     is_first_process,
     memory_limit_bytes,
     peak_memory_gb,
+    wants_compile,
 )
 from lit_gpt.tokenizer import Tokenizer
 from lit_gpt.training import Diverged, Run, evaluate, fit, rehearse, total_steps
@@ -88,6 +89,10 @@ class Job:
             device_of_this_machine().type,
         )
         self.plan = memory.plan_training(config, self.memory)
+
+    def compiles(self, fabric: "Fabric") -> bool:
+        """Whether `--compile` means this run."""
+        return wants_compile(self.settings["compile"], fabric.device.type, self.n_steps)
 
     @cached_property
     def base_fingerprint(self) -> str:
@@ -206,6 +211,8 @@ class Job:
             lines.append(f"{silent:,} training rows have no answer within {self.max_length} tokens and teach nothing")
         if cut:
             lines.append(f"{cut} rows were cut to {self.meta['max_seq_length']} tokens when they were prepared")
+        if self.compiles(fabric):
+            lines.append("compiling the blocks on first use: half a minute, less when torch has kept its work")
         parts = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in self.plan.parts.items() if size >= 5e6)
         lines.append(f"planned memory at the peak: {self.plan.gb:.2f} GB ({parts})")
         if self.plan.total > (limit := memory_limit_bytes(fabric.device)):

@@ -8,7 +8,7 @@ import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -95,6 +95,38 @@ def is_first_process(devices: int | str, num_nodes: int) -> bool:
 def is_spread(devices: int | str, num_nodes: int) -> bool:
     """Whether a run has more than one process."""
     return num_nodes > 1 or devices not in (1, "1")
+
+
+COMPILED_STEPS = 500  # of a run for which compiling its blocks, half a minute, is worth it
+
+
+def wants_compile(choice: bool | Literal["auto"], device: str, n_steps: int) -> bool:
+    """Whether blocks are to be compiled. `auto`: those of long runs on GPUs.
+
+    On CPUs the bodies in C are faster than what torch's compiler makes (benchmarks/LOG.md).
+    """
+    return device == "cuda" and n_steps >= COMPILED_STEPS if choice == "auto" else choice
+
+
+def change_blocks(model: "GPT", *, compiled: bool, checkpointed: bool) -> None:
+    """Compile the blocks and checkpoint their activations, or one of both; what they compute stays."""
+    if compiled:
+        compile_blocks(model)
+    if checkpointed:
+        checkpoint_activations(model)
+
+
+def compile_blocks(model: "GPT") -> None:
+    """Let torch's compiler fuse what stands between a block's attention and its products.
+
+    One block's code serves them all and every length. Attention stays outside, since it splits each batch into other
+    rows. To be called when the layers are what they will be.
+    """
+    from lit_gpt import ops
+
+    ops.attention = torch.compiler.disable(ops.attention)
+    for block in model.transformer.h:
+        block.forward = torch.compile(block.forward, dynamic=True)
 
 
 def checkpoint_activations(model: "GPT") -> None:

@@ -27,7 +27,7 @@ MAY_IMPORT = {  # what a room may import of the package; those not named see eve
     "report": {"files"},
     "resume": {"files", "report", "training"},
     "rope": set(),
-    "runtime": {"model"},  # for the type checker only
+    "runtime": {"model", "ops"},  # model for the type checker only; ops says what torch's compiler leaves out
     "quantization": set(),
     "surgery": set(),
     "tokenizer": {"files"},

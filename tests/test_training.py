@@ -9,7 +9,7 @@ from conftest import run_script
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_gpt import checkpoint, lora, runtime
+from lit_gpt import checkpoint, lora, ops, runtime
 from lit_gpt.args import TrainArgs
 from lit_gpt.data import PreparedSet
 from lit_gpt.lora import LoRASettings
@@ -88,6 +88,42 @@ def test_activation_checkpointing_changes_nothing(fabric, stories: Path, prepare
         train_step(fabric, wrapped, optimizer, batches, max_norm=1.0)
         states.append(lora.adapter_state(model))
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("choice", [True, False, "auto"])
+def test_compile_auto_means_long_runs_on_gpus(choice: bool | str) -> None:
+    assert [runtime.wants_compile(choice, *run) for run in (("cuda", 500), ("cuda", 499), ("cpu", 10**6))] == (
+        [True, False, False] if choice == "auto" else [choice] * 3
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_compiled_blocks_compute_the_same_and_are_not_made_again_for_other_lengths(
+    fabric, stories: Path, prepared: Path, checkpointed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr(ops, "attention", ops.attention)  # put back afterwards
+    states = []
+    for compiled in (False, True):
+        model = checkpoint.load_model(stories, torch.float32)
+        torch.manual_seed(3)
+        lora.attach(model, LoRASettings(dropout=0, targets=("query", "mlp")))
+        runtime.change_blocks(model, compiled=compiled, checkpointed=compiled and checkpointed)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        wrapped, optimizer = fabric.setup(model, optimizer)
+        wrapped.train()
+        made = []
+        for first in range(6):
+            batches = list(micro_batches(open_set(prepared), range(first, 6), TrainArgs(micro_batch_size=2)))
+            train_step(fabric, wrapped, optimizer, batches, max_norm=1.0)
+            made.append(counters["stats"]["unique_graphs"])
+        states.append(lora.adapter_state(model))
+    assert made[0] > 0
+    assert made[2] == made[-1]  # the first batches may show that a size was no constant
+    for name, factor in states[0].items():
+        torch.testing.assert_close(states[1][name], factor, rtol=1e-4, atol=1e-6)
 
 
 def test_the_loss_is_that_of_plain_cross_entropy_on_the_answers(fabric, stories: Path, prepared: Path):
