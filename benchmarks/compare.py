@@ -70,6 +70,7 @@ def main() -> None:
             "peft + trl, bf16": [*trl, "bf16"],
             "ours, bf16": [*ours, 4, "bf16-true"],
             "ours, bf16, micro-batch 1": [*ours, 1, "bf16-true"],
+            "ours, bf16, checkpointing": [*ours, 4, "bf16-true", "--activation_checkpointing=true"],
             "peft + trl, nf4": [*trl, "bf16", 512, "4bit"],
             "ours, nf4": [*ours, 4, "bf16-true", "bnb.nf4"],
             "ours, fp32": [*ours, 4, "32-true"],
