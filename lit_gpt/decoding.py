@@ -28,7 +28,7 @@ class FewTokensLinear(nn.Linear):
         if n_tokens > most or x.dtype != self.weight.dtype or torch.is_grad_enabled():
             return super().forward(x)
         if few_tokens.available():
-            y = few_tokens.product(x.view(n_tokens, -1), self.weight)
+            y = few_tokens.product(x.reshape(n_tokens, -1), self.weight)
         else:
             y = torch.mv(self.weight, x.flatten())  # for which torch reads faster than for a matrix of one row
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
@@ -105,7 +105,8 @@ class OneTokenBlock(nn.Module):
         )
 
     def forward(self, x: torch.Tensor, rotations: Rotations, layout: Layout, cache: KVCache | None) -> torch.Tensor:
-        if cache is None or x.shape[:2] != (1, 1) or x.dtype != torch.bfloat16 or torch.is_grad_enabled():
+        is_one = x.shape[:2] == (1, 1) and x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+        if cache is None or cache.capacity > few_tokens.LONGEST or not is_one:
             return self.block(x, rotations, layout, cache)
         attention = self.block.attn
         keys, values = cache.stores(attention.layer, (self.as_c.groups, self.as_c.size, self.as_c.size), x)

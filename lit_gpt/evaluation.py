@@ -120,6 +120,8 @@ class LitGPT(TemplateLM):
         asked: list[tuple[int, int]] = []  # row and place of each token that tells what follows it
         for row, item in enumerate(items):
             room = self.max_length + 1 - max(len(wanted) for _, _, wanted in item)
+            if room < 1:
+                raise ValueError(f"an answer has more than the {self.max_length} tokens that the model can see")
             context = item[0][1][-room:]  # cut on the left to what the model can see
             n = len(context)
             tokens.append(list(context))

@@ -114,7 +114,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 def _normed(x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """The result, and 1 / rms(x) (..., 1)."""
-    if in_c(x) and dtype in rows.DTYPES:
+    if in_c(x) and dtype in rows.DTYPES and x.shape[-1] <= rows.WIDEST:
         return rows.rms_norm(x, weight, eps, dtype)
     wide = x.float()
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
@@ -135,7 +135,7 @@ class _RMSNorm(torch.autograd.Function):
         d_weight = None
         if ctx.needs_input_grad[1]:
             d_weight = (grad * x.float() * scale).flatten(0, -2).sum(0).to(weight.dtype)
-        if in_c(x) and grad.dtype in rows.DTYPES:
+        if in_c(x) and grad.dtype in rows.DTYPES and x.shape[-1] <= rows.WIDEST:
             return rows.rms_norm_backward(grad, x, weight, scale), d_weight, None, None
         wide = x.float()
         scaled = grad * weight.float()  # float32
@@ -225,7 +225,7 @@ class _Rotate(torch.autograd.Function):
 
 def draw_dropout(x: torch.Tensor, p: float) -> torch.Tensor:
     """What tells which numbers of x drop with probability p: a seed on a CPU, elsewhere booleans of x's shape."""
-    if x.device.type != "cpu":
+    if _device(x) != "cpu":
         return torch.rand_like(x, dtype=torch.float32) >= p
     return torch.empty((), dtype=torch.int64).random_(-(2**63), None)
 
@@ -303,7 +303,7 @@ def causal_softmax(scores: torch.Tensor, queries: int, scale: float) -> torch.Te
 
     A query's weights for the positions after its own are 0.
     """
-    if in_c(scores):
+    if in_c(scores) and scores.shape[-1] <= rows.WIDEST:
         return rows.causal_softmax(scores, queries, scale)
     keys = scores.shape[-1]
     hidden = torch.ones(queries, queries, dtype=torch.bool, device=scores.device).triu_(1)
@@ -313,7 +313,7 @@ def causal_softmax(scores: torch.Tensor, queries: int, scale: float) -> torch.Te
 
 def causal_softmax_backward(grad: torch.Tensor, weights: torch.Tensor, queries: int, scale: float) -> torch.Tensor:
     """The gradient of `causal_softmax`'s scores from that of its weights, which it replaces."""
-    if in_c(grad):
+    if in_c(grad) and grad.shape[-1] <= rows.WIDEST:
         return rows.causal_softmax_backward(grad, weights, queries, scale)
     return torch._softmax_backward_data(grad, weights, -1, weights.dtype).mul_(scale)
 

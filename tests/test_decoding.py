@@ -56,6 +56,9 @@ def test_tokens_that_do_not_lie_end_to_end_are_read_right() -> None:
     x = torch.randn(64, 8).bfloat16().t()
     assert not x.is_contiguous()
     assert torch.equal(fast(x), fast(x.contiguous()))
+    plain = decoding.FewTokensLinear(nn.Linear(64, 16, bias=False, dtype=torch.bfloat16))
+    x = torch.randn(64, 2, 2).bfloat16().permute(2, 1, 0)
+    assert torch.equal(plain(x), plain(x.contiguous()))
 
 
 def test_rows_that_are_no_whole_blocks_do_not_fit() -> None:

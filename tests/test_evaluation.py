@@ -96,6 +96,13 @@ def test_every_choices_likelihood_equals_lm_evals_own() -> None:
         assert greedy == also
 
 
+def test_answers_that_no_context_holds_are_refused() -> None:
+    from lm_eval.api.instance import Instance
+
+    with pytest.raises(ValueError, match="more than the 512 tokens"):
+        LitGPT(Assistant(STORIES, "32-true"), 3).loglikelihood([Instance("loglikelihood", {}, ("a", " b" * 600), 0)])
+
+
 def test_the_originals_task_names_are_understood(manager: TaskManager) -> None:
     assert find_tasks(["hendrycksTest-*"], manager) == ["mmlu"]
     assert find_tasks(["hendrycksTest-anatomy", "arc_easy"], manager) == ["mmlu_anatomy", "arc_easy"]

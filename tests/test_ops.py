@@ -92,6 +92,7 @@ def test_attention_in_blocks(lengths: tuple[int, ...], groups: int) -> None:
 
     reference = reference_attention(lengths, 0.3)
     both(fast, lambda *a: reference(*a).float(), *(x.requires_grad_() for x in (q, k, v)))
+    both(through_ops, reference, *(x.detach().double().requires_grad_() for x in (q, k, v)), tolerance=1e-12)
     half = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
     both(through_ops, lambda *a: reference(*a).bfloat16(), *half)
     assert "CPUAttention" in type(through_ops(*half).grad_fn).__name__  # so it was the fast body that was tested

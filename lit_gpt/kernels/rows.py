@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensor
 from lit_gpt.kernels import compiled
 
 DTYPES = (torch.float32, torch.bfloat16)
+WIDEST = 2**17  # numbers of a row of a norm or a softmax, which a thread's stack holds
 ARGUMENTS = {  # l: a whole number, f: a fraction, p: a tensor's numbers, or none; the number of threads is added
     "rms_norm": "llplplfplp",
     "rms_norm_backward": "llplplplpp",
@@ -66,6 +67,8 @@ def rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x (..., n) normed and times weight (n,), in `dtype`; and 1 / rms(x) (..., 1), float32."""
     x, n = x.contiguous(), x.shape[-1]
+    assert weight.shape == (n,)
+    assert weight.dtype in DTYPES
     y, scale = torch.empty(x.shape, dtype=dtype), torch.empty((*x.shape[:-1], 1), dtype=torch.float32)
     _call("rms_norm", x.numel() // n, n, x, _half(x), weight, _half(weight), eps, y, _half(y), scale)
     return y, scale
@@ -75,6 +78,7 @@ def rms_norm_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor,
     """The gradient of x, in x's dtype."""
     x, grad, n = x.contiguous(), grad.contiguous(), x.shape[-1]
     dx = torch.empty_like(x)
+    assert grad.shape == x.shape
     numbers = (grad, _half(grad), x, _half(x), weight, _half(weight), scale, dx)
     _call("rms_norm_backward", x.numel() // n, n, *numbers)
     return dx
