@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import zipfile
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -141,7 +142,7 @@ def encode(
             flat += prompt + answer
             lengths.append(len(prompt) + len(answer))
             prompt_lengths.append(len(prompt))
-        tokens.append(torch.tensor(flat, dtype=torch.int32))
+        tokens.append(torch.frombuffer(array("i", flat), dtype=torch.int32))
         progress(start + len(part))
     counts = torch.tensor(prompt_lengths, dtype=torch.int32)
     return Encoded(torch.cat(tokens), torch.tensor(lengths).cumsum(0), counts, n_truncated)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lit_gpt import files
+from lit_gpt.words import Words, may_cut
 
 TOKENIZER_JSON, TOKENIZER_MODEL = "tokenizer.json", "tokenizer.model"
 TOKEN, NUMBER = (str, dict), (int, list)
@@ -18,6 +19,7 @@ SETTINGS = {  # what the keys that are read here may hold, in whichever file the
     **{f"{name}_token": TOKEN for name in ("bos", "eos", "pad")},
     **{f"{name}_token_id": NUMBER for name in ("bos", "eos", "pad")},
 }
+MANY = 256  # texts in one call, from which on their words are worth remembering
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # one byte of a character that has no token
 
 
@@ -141,7 +143,14 @@ class _Fast:
         self.vocab_size = self.library.get_vocab_size(with_added_tokens=True)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._whole(texts) if len(texts) < MANY else self._words.encode(texts)
+
+    def _whole(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.library.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    @cached_property
+    def _words(self) -> Words:
+        return Words(self._whole, set(self.library.get_added_tokens_decoder()), may_cut(self.library.to_str()))
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.library.decode(list(ids), skip_special_tokens=False))

@@ -30,7 +30,8 @@ MAY_IMPORT = {  # what a room may import of the package; those not named see eve
     "runtime": {"model", "ops"},  # model for the type checker only; ops says what torch's compiler leaves out
     "quantization": set(),
     "surgery": set(),
-    "tokenizer": {"files"},
+    "words": set(),
+    "tokenizer": {"files", "words"},
     "model": {"cache", "config", "ops", "rope"},
     "lora": {"ops", "surgery"},
     "families": {"config", "families", "rope"},

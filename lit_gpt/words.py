@@ -1,0 +1,106 @@
+"""Ids of many texts, each distinct word encoded once: a data set holds its words tens of times over.
+
+A text is cut before each space that follows something other than a space. That is exact wherever no token of a BPE
+vocabulary reaches across such a place: merges never cross it, and normalizers and pre-tokenizers of the kinds named
+here see nothing beyond it. A few texts of each call are encoded whole too; a tokenizer that differs goes without.
+"""
+
+import json
+import re
+from array import array
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any
+
+LOCAL = {  # what may stand in a tokenizer.json; anything else could look further than a word
+    "normalizer": {"NFC", "Prepend", "Replace", "Sequence"},
+    "pre_tokenizer": {"ByteLevel", "Digits", "Metaspace", "Punctuation", "Sequence", "Split"},
+}
+SPACE, BYTE_LEVEL_SPACE = "\u2581", "\u0120"  # as sentencepiece's and byte-level vocabularies write it
+CUT = re.compile(rf"(?<=[^\s{SPACE}])(?= )")
+UNEVEN = re.compile(rf" (?<![^\s{SPACE}] )")  # a space that is no place to cut; the literal first is found fast
+N_KEPT = 1 << 20  # distinct words, some 200 MB
+N_CHECKED = 32  # texts of a call that are encoded both ways
+Encode = Callable[[Sequence[str]], list[list[int]]]
+
+
+class Words:
+    """A memory of words in front of `whole`, which encodes texts in the library.
+
+    `added` are the ids of tokens that the library looks for before it sees words: a text that holds one goes there as
+    it is, and so does every text unless `trusted`.
+    """
+
+    def __init__(self, whole: Encode, added: set[int], trusted: bool):
+        self.whole, self.added, self.trusted = whole, added, trusted
+        # Ids as bytes of int32, which join faster than lists; None if there is an added token among them.
+        self.first: dict[str, bytes | None] = {}  # a text's first word
+        self.later: dict[str, bytes | None] = {}  # any other, without the space before it
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """What `whole` gives."""
+        if not self.trusted:
+            return self.whole(texts)
+        ids = self._by_word(texts)
+        some = range(0, len(texts), -(-len(texts) // N_CHECKED))
+        self.trusted = self.whole([texts[i] for i in some]) == [ids[i] for i in some]
+        return ids if self.trusted else self.whole(texts)
+
+    def _by_word(self, texts: Sequence[str]) -> list[list[int]]:
+        joined = [self._joined(text) for text in texts]
+        if new := [text for text, ids in zip(texts, joined, strict=True) if ids is None]:
+            self._learn({_cut(text)[0] for text in new}, self.first, "")
+            self._learn(set(chain.from_iterable(_cut(text)[1:] for text in new)), self.later, "a")
+            joined = [self._joined(text) if ids is None else ids for text, ids in zip(texts, joined, strict=True)]
+        special = iter(self.whole([text for text, ids in zip(texts, joined, strict=True) if ids is None]))
+        return [next(special) if ids is None else array("i", ids).tolist() for ids in joined]
+
+    def _joined(self, text: str) -> bytes | None:
+        """The ids of a text; None if it holds a word that is not known, or an added token."""
+        words = _cut(text)
+        try:
+            return self.first[words[0]] + b"".join(map(self.later.__getitem__, words[1:]))  # type: ignore
+        except (KeyError, TypeError):
+            return None
+
+    def _learn(self, words: set[str], known: dict[str, bytes | None], before: str) -> None:
+        """Encode the new ones, each behind the word `before` if there is one: a text's first is encoded otherwise."""
+        if len(known) + len(words) > N_KEPT:
+            known.clear()
+        new = list(words - known.keys())
+        skip = len(self.whole([before])[0])
+        for word, ids in zip(new, self.whole([f"{before} {word}" if before else word for word in new]), strict=True):
+            known[word] = array("i", ids[skip:]).tobytes() if self.added.isdisjoint(ids) else None
+
+
+def _cut(text: str) -> list[str]:
+    """The words; all but the first lack the space that they begin with."""
+    if UNEVEN.search(text) is None:
+        return text.split(" ")
+    first, *later = CUT.split(text)
+    return [first, *(word[1:] for word in later)]
+
+
+def may_cut(file: str) -> bool:
+    """Whether what a tokenizer.json says lets its texts be cut into words."""
+    from tokenizers.decoders import ByteLevel
+
+    said = json.loads(file)
+    model, kinds = said["model"], {part: _kinds(said[part]) for part in LOCAL}
+    marked = model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+    if model["type"] != "BPE" or marked or any(kinds[part] - LOCAL[part] for part in LOCAL):
+        return False
+    tokens = chain(model["vocab"], (token["content"] for token in said["added_tokens"]))
+    if "ByteLevel" not in kinds["pre_tokenizer"]:
+        return not any(CUT.search(token.replace(SPACE, " ")) for token in tokens)
+    read = ByteLevel().decode
+    return not any(CUT.search(read([token])) for token in tokens if BYTE_LEVEL_SPACE in token[1:] or " " in token[1:])
+
+
+def _kinds(part: dict[str, Any] | None) -> set[str]:
+    """The types of a normalizer or pre-tokenizer, and of those inside it."""
+    if part is None:
+        return set()
+    more = part["type"] == "Replace" and part["pattern"] != {"String": " "}
+    kind = "Replace of more than spaces" if more else str(part["type"])
+    return {kind}.union(*map(_kinds, part.get("normalizers") or part.get("pretokenizers") or ()))

@@ -1,0 +1,79 @@
+"""Texts encoded by their words against texts encoded whole by the library."""
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from conftest import SHARED, STORIES
+
+from lit_gpt import words
+from lit_gpt.tokenizer import MANY, Tokenizer
+
+FILES = [STORIES / "tokenizer.json", *sorted(SHARED.glob("tokenizers/*/tokenizer.json"))]
+SPACES = (" bar", " ", "  ", "\n", "\t", "\r\n", "\x1c", "\u00a0", "\u3000", "\u200b", "\u2581", "\u0120")
+LETTERS = ("a", "B", "foo", "é", "e\u0301", "\u0301", "1", "23", ".", "...", "'s", "_", "日本", "😀", "\x00")
+PIECES = (*SPACES, *LETTERS, "</s>", "<|endoftext|>", "<s>")
+
+
+def some_texts() -> list[str]:
+    """Prose, code and nonsense."""
+    draw = random.Random(0)
+    nonsense = ["".join(draw.choice(PIECES) for _ in range(draw.randrange(12))) for _ in range(4000)]
+    code = [part for path in Path(words.__file__).parent.glob("*.py") for part in path.read_text().split("\n\n")]
+    rows = json.loads((SHARED / "instruct" / "alpaca_en_demo.json").read_text()) if SHARED.is_dir() else []
+    return [row["instruction"] + "\n" + row["output"] for row in rows[:300]] + code + nonsense
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.parent.name)
+def test_ids_are_those_of_whole_texts(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, texts = Tokenizer(file.parent)._backend, some_texts()
+    memory, expected = backend._words, backend._whole(texts)  # type: ignore[attr-defined]
+    assert memory.trusted
+    assert memory._by_word(texts) == expected
+    assert memory._by_word(texts[::-1]) == expected[::-1]  # from memory
+    monkeypatch.setattr(words, "N_KEPT", 10)
+    assert memory.encode(texts) == expected
+    assert memory.trusted
+    assert len(texts) >= MANY
+    assert Tokenizer(file.parent).encode_batch(texts, bos=False) == expected
+
+
+def change(file: Path, path: Sequence[str], value: object) -> str:
+    said = json.loads(file.read_text())
+    inner = said
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return json.dumps(said)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("model", "type"), "Unigram"),
+        (("model", "dropout"), 0.1),
+        (("model", "end_of_word_suffix"), "</w>"),
+        (("model", "vocab", "of\u2581the"), 511),
+        (("added_tokens",), [{"content": "of the", "id": 511}]),
+        (("normalizer",), {"type": "Sequence", "normalizers": [{"type": "Strip"}]}),
+        (("normalizer",), {"type": "Replace", "pattern": {"Regex": "\\s+"}, "content": " "}),
+        (("pre_tokenizer",), {"type": "Sequence", "pretokenizers": [{"type": "ByteLevel"}, {"type": "Unheard"}]}),
+    ],
+)
+def test_what_may_look_beyond_a_word_is_encoded_whole(path: Sequence[str], value: object) -> None:
+    file = STORIES / "tokenizer.json"
+    assert words.may_cut(change(file, ("truncation",), None))
+    assert not words.may_cut(change(file, path, value))
+
+
+def test_an_encoding_that_differs_is_noticed() -> None:
+    """A library that counts the letters of the whole text, whatever its file said."""
+
+    def whole(texts: Sequence[str]) -> list[list[int]]:
+        return [[len(text)] for text in texts]
+
+    memory = words.Words(whole, set(), trusted=True)
+    assert memory.encode(["a bc", "d"]) == [[4], [1]]
+    assert not memory.trusted
