@@ -224,13 +224,11 @@ def load_by_block(folder: Path, dtype: torch.dtype, ran: Callable[[], None] = la
     names = ["wte", "wpe", *(f"h.{layer}" for layer in range(weights.config.n_layer)), "ln_f"]
     parts = [f"transformer.{name}" for name in names if name != "wpe" or weights.config.learned_positions] + ["lm_head"]
     for prefix in parts:
-        source = "transformer.wte" if prefix == "lm_head" and tied else prefix
-        steps = [step for step in weights.steps if step.ours[0].startswith(f"{source}.")]
-        owners = {
-            name: model.get_submodule(name.replace(source, prefix).rpartition(".")[0])
-            for step in steps
-            for name in step.ours
-        }
+        steps = [step for step in weights.steps if step.ours[0].startswith(f"{prefix}.")]
+        owners = {name: model.get_submodule(name.rpartition(".")[0]) for step in steps for name in step.ours}
+        if prefix == "lm_head" and tied:
+            steps += [step for step in weights.steps if step.ours[0] == "transformer.wte.weight"]
+            owners["transformer.wte.weight"] = model.lm_head
         part = model.get_submodule(prefix)
         part.register_forward_pre_hook(partial(_bring, weights, steps, owners, dtype))
         part.register_forward_hook(partial(_take_away, owners, ran if ".h." in prefix else lambda: None))
@@ -264,7 +262,7 @@ def place(
         return
     # Where nothing changes the file stays mapped: pages are read when they are used, and never written back.
     placed = tensor.to(device, norm_dtype if isinstance(module, tuple(NORMS.values())) else dtype)
-    setattr(module, leaf, nn.Parameter(placed, requires_grad=False))
+    setattr(module, leaf, nn.Parameter(placed.contiguous(), requires_grad=False))
 
 
 def save_quantized(folder: Path, quantize: str, progress: Callable[[int, int], None]) -> Path:

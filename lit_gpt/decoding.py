@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lit_gpt.cache import KVCache
-from lit_gpt.kernels import few_tokens
+from lit_gpt.kernels import few_tokens, rows
 from lit_gpt.model import Block, Rotations
 from lit_gpt.ops import Layout, autocast_dtype
 from lit_gpt.quantization import Linear4bit, levels_of
@@ -21,17 +21,19 @@ class FewTokensLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = plain.in_features, plain.out_features
         self.weight, self.bias = plain.weight, plain.bias
+        if not plain.weight.is_contiguous():
+            self.weight = nn.Parameter(plain.weight.contiguous(), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         n_tokens = x.numel() // self.in_features
         most = few_tokens.MOST_TOKENS if few_tokens.available() else 1
-        if n_tokens > most or x.dtype != self.weight.dtype or torch.is_grad_enabled():
+        if not 0 < n_tokens <= most or x.dtype != self.weight.dtype or torch.is_grad_enabled():
             return super().forward(x)
         if few_tokens.available():
             y = few_tokens.product(x.reshape(n_tokens, -1), self.weight)
         else:
             y = torch.mv(self.weight, x.flatten())  # for which torch reads faster than for a matrix of one row
-        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], self.out_features)
 
 
 class FewTokensLinear4bit(nn.Module):
@@ -53,11 +55,11 @@ class FewTokensLinear4bit(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         dtype = autocast_dtype(x)
         flat = x.flatten(0, -2)
-        if torch.is_grad_enabled() or dtype != torch.bfloat16 or len(flat) > few_tokens.MOST_TOKENS_4BIT:
+        if torch.is_grad_enabled() or dtype != torch.bfloat16 or not 0 < len(flat) <= few_tokens.MOST_TOKENS_4BIT:
             return self.layer(x)
         layer = self.layer
         y = few_tokens.product_4bit(flat.to(dtype), layer.weight, self.scales, self.levels, layer.block)
-        return (y if layer.bias is None else y + layer.bias.to(dtype)).view(*x.shape[:-1], -1)
+        return (y if layer.bias is None else y + layer.bias.to(dtype)).view(*x.shape[:-1], layer.out_features)
 
 
 class OneTokenBlock(nn.Module):
@@ -91,7 +93,8 @@ class OneTokenBlock(nn.Module):
         attention, config = block.attn, block.attn.config
         usual = (config.norm, config.norm_placement, config.norm_offset) == ("rms", "pre", 0)
         usual &= (config.mlp, config.activation, config.residual_scale) == ("gated", "silu", 1)
-        usual &= not (config.parallel_residual or config.has_experts(attention.layer))
+        usual &= not (config.parallel_residual or config.shared_norm or config.has_experts(attention.layer))
+        usual &= max(config.intermediate_size, config.n_head * config.head_size) <= rows.WIDEST
         unchanged = (config.qk_norm, config.clip_qkv, config.attention_softcap, config.window(attention.layer))
         usual &= all(change is None for change in unchanged) and config.rotates(attention.layer)
         if not (usual and few_tokens.available()):
@@ -101,7 +104,7 @@ class OneTokenBlock(nn.Module):
             len({type(layer) for layer in layers}) == 1
             and isinstance(layers[0], FewTokensLinear | FewTokensLinear4bit)
             and all(layer.bias is None for layer in layers)
-            and all(norm.dtype == torch.bfloat16 and norm.device.type == "cpu" for norm in _norms(block))
+            and all(_plain(norm) for norm in _norms(block))
         )
 
     def forward(self, x: torch.Tensor, rotations: Rotations, layout: Layout, cache: KVCache | None) -> torch.Tensor:
@@ -115,6 +118,10 @@ class OneTokenBlock(nn.Module):
 
 def _norms(block: Block) -> list[nn.Parameter]:
     return [block.get_parameter(f"{name}.weight") for name in ("norm_1", "norm_2")]
+
+
+def _plain(norm: nn.Parameter) -> bool:
+    return norm.dtype == torch.bfloat16 and norm.device.type == "cpu" and norm.is_contiguous()
 
 
 def _as_c(layer: Any) -> few_tokens.Weight:

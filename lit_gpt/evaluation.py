@@ -202,14 +202,15 @@ class LitGPT(TemplateLM):
 
     def _continue(self, contexts: Sequence[str], settings: dict[str, Any]) -> list[str]:
         until = settings.get("until") or []
-        until = [until] if isinstance(until, str) else list(until)
+        until = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
         max_new = int(settings.get("max_gen_toks") or settings.get("max_new_tokens") or 256)
         room = self.max_length - max_new
         if room < 1:
             raise ValueError(f"max_gen_toks {max_new} leaves no room in the model's context of {self.max_length}")
         sampler = greedy
         if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
-            sampler = Sampler(settings.get("temperature", 1.0), settings.get("top_k"), settings.get("top_p", 1.0))
+            top_k = settings.get("top_k") or None  # 0 is none
+            sampler = Sampler(settings.get("temperature", 1.0), top_k, settings.get("top_p", 1.0))
         prompts = [self.tok_encode(context)[-room:] or [self.prefix_token_id] for context in contexts]
         rows: list[list[int]] = [[] for _ in prompts]
 
@@ -225,7 +226,7 @@ class LitGPT(TemplateLM):
                     if token is not None:
                         row.append(token)
         texts = [self.codec.decode(row) for row in rows]
-        for stop in filter(None, until):
+        for stop in until:
             texts = [text.split(stop, 1)[0] for text in texts]
         return texts
 

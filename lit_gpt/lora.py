@@ -104,10 +104,13 @@ class _Update(torch.autograd.Function):
         a_used, b_used = (a / (1 - p)).to(x.dtype), (b * scaling).to(x.dtype)
         seen = x if drawn is None else ops.dropped(x, drawn, p)
         low = F.linear(seen.flatten(0, -2), a_used)  # (n, r)
-        y.flatten(0, -2).addmm_(low, b_used.t())
+        if torch.compiler.is_compiling():  # which decides itself what to write over, and fails for a layer with a bias
+            y = torch.addmm(y.flatten(0, -2), low, b_used.t()).view_as(y)
+        else:
+            y.flatten(0, -2).addmm_(low, b_used.t())
+            ctx.mark_dirty(y)
         ctx.save_for_backward(x, drawn, low, a_used, b_used)
         ctx.scaling, ctx.p = scaling, p
-        ctx.mark_dirty(y)
         return y
 
     @staticmethod

@@ -1,6 +1,7 @@
 """Fold an adapter into a checkpoint on disk, a tensor at a time, and look whether the result is what was trained."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ def merge_folder(
 
     def merge(owner: str, weight: torch.Tensor) -> torch.Tensor:
         a, b = (adapter.state[f"{owner}.{factor}"] for factor in ("lora_A", "lora_B"))
+        weight = weight.to(torch.promote_types(weight.dtype, metas[f"{owner}.weight"].dtype))  # rounded once, to that
         return lora.merged_weight(weight, a, b, scaling)
 
     def merged() -> Iterator[tuple[str, torch.Tensor]]:
@@ -73,6 +75,8 @@ class Comparison:
     @property
     def problem(self) -> str | None:
         """Why the merged file should not be trusted, if there is a reason."""
+        if not math.isfinite(self.effect + self.drift):
+            return "its logits are no numbers: the base or the adapter holds NaN or infinity"
         if self.effect == 0:
             return "the adapter changes nothing: it was not trained, or its update is zero"
         if self.drift >= self.effect / 2:

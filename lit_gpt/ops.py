@@ -114,7 +114,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 def _normed(x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """The result, and 1 / rms(x) (..., 1)."""
-    if in_c(x) and dtype in rows.DTYPES and x.shape[-1] <= rows.WIDEST:
+    if in_c(x) and {dtype, weight.dtype} <= set(rows.DTYPES) and x.shape[-1] <= rows.WIDEST:
         return rows.rms_norm(x, weight, eps, dtype)
     wide = x.float()
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
@@ -135,7 +135,7 @@ class _RMSNorm(torch.autograd.Function):
         d_weight = None
         if ctx.needs_input_grad[1]:
             d_weight = (grad * x.float() * scale).flatten(0, -2).sum(0).to(weight.dtype)
-        if in_c(x) and grad.dtype in rows.DTYPES and x.shape[-1] <= rows.WIDEST:
+        if in_c(x) and {grad.dtype, weight.dtype} <= set(rows.DTYPES) and x.shape[-1] <= rows.WIDEST:
             return rows.rms_norm_backward(grad, x, weight, scale), d_weight, None, None
         wide = x.float()
         scaled = grad * weight.float()  # float32
@@ -177,7 +177,7 @@ class _GatedSilu(torch.autograd.Function):
 
 def gated(activation: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """activation(gate) * up; `activation` is a key of `ACTIVATIONS`."""
-    if activation == "silu":
+    if activation == "silu" and (gate.shape, gate.dtype) == (up.shape, up.dtype):
         y: torch.Tensor = _GatedSilu.apply(gate, up) if torch.is_grad_enabled() else _gated_silu(gate, up)
         return y
     return ACTIVATIONS[activation](gate) * up
@@ -224,8 +224,11 @@ class _Rotate(torch.autograd.Function):
 
 
 def draw_dropout(x: torch.Tensor, p: float) -> torch.Tensor:
-    """What tells which numbers of x drop with probability p: a seed on a CPU, elsewhere booleans of x's shape."""
-    if _device(x) != "cpu":
+    """What tells which numbers of x drop with probability p: a seed on a CPU, elsewhere booleans of x's shape.
+
+    In compiled blocks booleans too: torch's compiler makes wrong code of the twin's whole numbers (torch 2.13).
+    """
+    if _device(x) != "cpu" or torch.compiler.is_compiling():
         return torch.rand_like(x, dtype=torch.float32) >= p
     return torch.empty((), dtype=torch.int64).random_(-(2**63), None)
 
@@ -239,7 +242,7 @@ def dropped(x: torch.Tensor, drawn: torch.Tensor, p: float, *, inplace: bool = F
 
 
 def _threshold(p: float) -> int:
-    return round(p * 65536) - 32768
+    return min(round(p * 65536) - 32768, 32767)
 
 
 def dropout_mask_reference(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
@@ -274,7 +277,8 @@ def attention(
         return _masked(q, k, v, scale, layout.beyond(window), softcap)
     lengths = layout.lengths or (q.shape[2],)
     slides = window is not None and window < max(lengths)
-    if softcap is None and not slides and _device(q) == "cpu" and not torch.compiler.is_compiling():
+    on_cpu = _device(q) == "cpu" and not torch.compiler.is_compiling()
+    if softcap is None and not slides and on_cpu and min(*lengths, q.numel()):  # its kernel cannot do without tokens
         y: torch.Tensor = _CPUAttention.apply(q, k, v, scale, layout)
         return y
     if layout.lengths is None:
@@ -399,7 +403,8 @@ def head_loss(
     pass and kept instead of them. `parameters` are the trainable tensors inside `head`.
     """
     x, labels = x.flatten(0, 1)[where], labels.flatten()[where]
-    return _HeadLoss.apply(head, chunk, labels, x, *parameters)
+    needed = [torch.is_grad_enabled() and t.requires_grad for t in (x, *parameters)]
+    return _HeadLoss.apply(head, chunk, needed, labels, x, *parameters)
 
 
 def cross_entropy(
@@ -410,8 +415,9 @@ def cross_entropy(
     Each pass over the logits counts: they are the largest tensor of a step.
     """
     if in_c(logits):
+        logits = logits.contiguous()
         gradient = torch.empty_like(logits) if wants_gradient else None
-        return rows.cross_entropy(logits.contiguous(), labels, gradient), gradient
+        return rows.cross_entropy(logits, labels.contiguous(), gradient), gradient
     at = labels[:, None]
     wide = logits.to(torch.float32, copy=True).sub_(logits.amax(dim=-1, keepdim=True))
     wanted = wide.gather(1, at)
@@ -425,10 +431,9 @@ def cross_entropy(
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, head, chunk, labels, x, *parameters):
-        needed = [t.requires_grad for t in (x, *parameters)]
+    def forward(ctx, head, chunk, needed, labels, x, *parameters):
         total = torch.zeros((), dtype=torch.float32, device=x.device)
-        dx, sums = torch.empty_like(x), [torch.zeros_like(p) for p in parameters]
+        sums = [torch.zeros_like(t) if need else None for t, need in zip((x, *parameters), needed, strict=True)]
         for start in range(0, len(x), chunk):
             with torch.set_grad_enabled(any(needed)):
                 piece = x[start : start + chunk].detach().requires_grad_(needed[0])
@@ -437,18 +442,14 @@ class _HeadLoss(torch.autograd.Function):
             total += losses.sum()
             if any(needed):
                 leaves = [t for t, need in zip((piece, *parameters), needed, strict=True) if need]
-                grads = iter(torch.autograd.grad(logits, leaves, d_logits))
+                parts = [part for part in sums if part is not None]
                 if needed[0]:
-                    dx[start : start + chunk] = next(grads)
-                for held, need in zip(sums, needed[1:], strict=True):
-                    if need:
-                        held += next(grads)
-        ctx.save_for_backward(dx, *sums)
+                    parts[0] = parts[0][start : start + chunk]
+                for part, grad in zip(parts, torch.autograd.grad(logits, leaves, d_logits), strict=True):
+                    part += grad
+        ctx.save_for_backward(*sums)
         return total
 
     @staticmethod
     def backward(ctx, grad):
-        scaled = (
-            g * grad if need else None for g, need in zip(ctx.saved_tensors, ctx.needs_input_grad[3:], strict=True)
-        )
-        return None, None, None, *scaled
+        return None, None, None, None, *(None if total is None else total * grad for total in ctx.saved_tensors)

@@ -14,8 +14,10 @@ from twins import make_twin
 
 from lit_gpt import checkpoint, files
 from lit_gpt.checkpoint import Adapter
+from lit_gpt.config import Config
 from lit_gpt.files import FolderSource
 from lit_gpt.lora import LoRASettings
+from lit_gpt.model import GPT
 
 
 def copy(folder: Path) -> Path:
@@ -188,3 +190,22 @@ def test_a_model_file_is_no_adapter(tmp_path: Path) -> None:
     files.save(tmp_path / "a.pth", {"x": torch.ones(3)})
     with pytest.raises(ValueError, match=r"is no LoRA adapter written by finetune/lora\.py"):
         Adapter.load(tmp_path / "a.pth")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{"tie_embeddings": True, "head_bias": True}, {"learned_positions": True}], ids=str)
+def test_a_model_that_gets_its_weights_block_by_block_is_the_same(tmp_path: Path, changes: dict) -> None:
+    torch.manual_seed(0)
+    sizes = {"block_size": 16, "vocab_size": 96, "n_layer": 2, "n_head": 4, "n_embd": 64, "family": "llama"}
+    model = GPT(Config(**sizes | changes))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.normal_()
+    files.save(tmp_path / files.LIT_MODEL, {name: p.detach() for name, p in model.named_parameters()})
+    checkpoint.save_config(tmp_path, model.config)
+    tokens, ran = torch.randint(0, 96, (1, 7)), []
+    by_block = checkpoint.load_by_block(tmp_path, torch.float32, lambda: ran.append(1))
+    for _ in range(2):
+        torch.testing.assert_close(by_block(tokens), model(tokens))
+        assert all(parameter.is_meta for parameter in by_block.parameters())
+    assert len(ran) == 4

@@ -102,6 +102,22 @@ def test_the_laid_out_model_agrees(kind: str | None, prompts: list[list[int]]) -
     torch.testing.assert_close(steps(model, prompts), before, atol=0.03, rtol=0)  # numbers of size 1: seen 0.008
 
 
+def test_weights_that_are_stored_transposed_are_read_right() -> None:
+    model = tiny()
+    before = steps(model, [[1, 2, 3]])
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.data = parameter.data.t().contiguous().t()
+    decoding.lay_out(model)
+    torch.testing.assert_close(steps(model, [[1, 2, 3]]), before, atol=0.03, rtol=0)
+
+
+def test_layers_take_no_tokens() -> None:
+    layer = decoding.FewTokensLinear(nn.Linear(64, 32).bfloat16())
+    with torch.no_grad():
+        assert layer(torch.empty(1, 0, 64, dtype=torch.bfloat16)).shape == (1, 0, 32)
+
+
 @needs_kernel
 @pytest.mark.parametrize(
     "changes",

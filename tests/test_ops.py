@@ -139,6 +139,57 @@ def test_numbers_that_are_none_stay_visible(dtype: torch.dtype, value: float) ->
         assert torch.equal(got.isfinite(), wanted.to(dtype).isfinite())
 
 
+def test_numbers_that_do_not_lie_end_to_end_are_read_right() -> None:
+    x, weight = torch.randn(6, 16).t(), torch.randn(12)[::2]
+    assert torch.allclose(ops.rms_norm(x, weight, 1e-5), ops.rms_norm_reference(x, weight, 1e-5), atol=1e-5)
+    labels = torch.randint(0, 6, (32,))[::2]
+    losses, gradient = ops.cross_entropy(x, labels, True)
+    logits = x.clone().requires_grad_()
+    expected = F.cross_entropy(logits, labels, reduction="none")
+    expected.sum().backward()
+    torch.testing.assert_close(losses, expected.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, logits.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_numbers_of_kinds_that_the_fast_bodies_do_not_know() -> None:
+    x, weight = torch.randn(4, 8), torch.randn(8)
+    expected = ops.rms_norm_reference(x, weight, 1e-5)
+    torch.testing.assert_close(ops.rms_norm(x, weight.double(), 1e-5), expected)
+    torch.testing.assert_close(ops.gated("silu", x[:1], x), F.silu(x[:1]) * x)
+    torch.testing.assert_close(ops.gated("silu", x, x.bfloat16()), F.silu(x) * x.bfloat16())
+    scores = torch.randn(3, 5)
+    hidden = torch.ones(3, 5, dtype=torch.bool).triu(3)
+    wanted = (-0.7 * scores).masked_fill(hidden, float("-inf")).softmax(-1)
+    torch.testing.assert_close(ops.causal_softmax(scores.clone(), 3, -0.7), wanted)
+
+
+def test_silu_of_very_negative_numbers_is_nothing() -> None:
+    x, up = torch.tensor([-3e38, -1e37, -60.0]), torch.tensor([1.0, 1.0, 1e37])
+    expected = (F.silu(x.double()) * up).float()  # the last: 60 * exp(-60) * 1e37 = 5e12
+    torch.testing.assert_close(ops.gated("silu", x, up), expected, rtol=1e-5, atol=1e-30)
+
+
+def test_a_label_out_of_range_is_seen_in_its_loss_and_gradient() -> None:
+    logits = torch.randn(2, 5)
+    if not ops.in_c(logits):
+        pytest.skip("torch's own gather refuses it")
+    losses, gradient = ops.cross_entropy(logits, torch.tensor([1, 5]), True)
+    assert gradient is not None
+    assert losses.isnan().tolist() == [False, True]
+    assert gradient.isnan().all(-1).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("lengths", [None, (4, 0, 3)])
+def test_attention_without_tokens(lengths: tuple[int, ...] | None) -> None:
+    n = sum(lengths or ())
+    q, k, v = (torch.randn(1, heads, n, 8) for heads in (4, 2, 2))
+    layout = Layout.of(torch.zeros(1, n, dtype=torch.long), lengths)
+    y = ops.attention(q, k, v, scale=0.3, layout=layout)
+    kept = [length for length in lengths or () if length]
+    expected = reference_attention(kept, 0.3)(q, k, v).float() if kept else q
+    torch.testing.assert_close(y, expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)])
 def test_nothing_is_computed_of_nothing(shape: tuple[int, ...]) -> None:
     x = torch.empty(shape, dtype=torch.bfloat16)
@@ -191,6 +242,11 @@ def test_dropout_repeats_with_the_random_state() -> None:
     assert not torch.equal(seen[0], seen[2])
 
 
+def test_dropout_of_all_but_everything_drops_everything() -> None:
+    x = torch.ones(1000)
+    assert ops.dropped(x, ops.draw_dropout(x, 0.999999), 0.999999).sum() <= 1
+
+
 @pytest.mark.parametrize("p", [0.05, 0.5])
 def test_dropout_drops_its_share_independently(p: float) -> None:
     x = torch.ones(1000, 1001)
@@ -224,3 +280,17 @@ def test_lora_update_is_the_definition(dtype: torch.dtype, p: float) -> None:
     both(fast, plain, x.requires_grad_(), a, b, tolerance=3e-2 if dtype == torch.bfloat16 else 1e-5)
     torch.manual_seed(7)
     assert torch.equal(layer(x), fast(x, layer.lora_A, layer.lora_B))
+
+
+def test_a_head_that_trains_is_not_differentiated_where_only_the_loss_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    head = torch.nn.Linear(8, 20)
+    x, labels = torch.randn(1, 5, 8), torch.randint(0, 20, (1, 5))
+    arguments = (head, list(head.parameters()), x, labels, torch.arange(5))
+    expected = ops.head_loss(*arguments)
+    monkeypatch.setattr(torch.autograd, "grad", None)  # nobody may call it
+    with torch.no_grad():
+        assert torch.equal(ops.head_loss(*arguments), expected)
+    with torch.inference_mode():
+        assert torch.equal(ops.head_loss(*arguments), expected)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from conftest import ROOT, ROWS, STORIES, load_script, run_script
 
-from lit_gpt import checkpoint
+from lit_gpt import checkpoint, lora, merging
 from lit_gpt.args import EvalArgs, TrainArgs
 from lit_gpt.checkpoint import Adapter
+from lit_gpt.lora import LoRASettings
 
 # Losses of the first five steps on this data; they change only if the arithmetic, the order or the prompt does.
 GOLDEN: dict[str, list[float]] = {
@@ -93,9 +94,6 @@ def test_generation_needs_no_flag_repeated_and_prints_the_answer_alone(
 
 
 def test_a_merge_that_changes_nothing_fails(stories: Path, tmp_path: Path) -> None:
-    from lit_gpt import lora
-    from lit_gpt.lora import LoRASettings
-
     model = checkpoint.load_model(stories, torch.float32)
     lora.attach(model, LoRASettings())
     told = {"base_name": "stories260K", "base_fingerprint": checkpoint.fingerprint(stories), "step": 0}
@@ -109,6 +107,33 @@ def test_a_merge_that_changes_nothing_fails(stories: Path, tmp_path: Path) -> No
     assert "changes nothing" in done.stderr
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_merge_rounds_once_to_the_precision_that_is_asked_for(
+    dtype: torch.dtype, stories: Path, tmp_path: Path
+) -> None:
+    """An update smaller than the steps of the base's bfloat16."""
+    base = tmp_path / "base"
+    checkpoint.convert(checkpoint.open_folder(stories), checkpoint.load_config(stories), base, torch.bfloat16)
+    checkpoint.files.copy_companions(stories, base)
+    model = checkpoint.load_model(base, torch.float32)
+    settings = LoRASettings(r=2, targets=("query",))
+    names = lora.attach(model, settings)
+    state = {name: torch.randn_like(factor) * 0.01 for name, factor in lora.adapter_state(model).items()}
+    adapter = Adapter(state, settings, "stories260K", checkpoint.fingerprint(base), "alpaca", "32-true", None, 0)
+    merging.merge_folder(base, adapter, tmp_path / "merged", dtype)
+    merged, plain = (dict(checkpoint.Weights.from_folder(folder)) for folder in (tmp_path / "merged", base))
+    for name in names:
+        update = state[f"{name}.lora_B"] @ state[f"{name}.lora_A"] * (16 / 2)
+        assert torch.equal(merged[f"{name}.weight"], (plain[f"{name}.weight"].float() + update).to(dtype))
+
+
+@pytest.mark.parametrize(("effect", "drift"), [(float("nan"), float("nan")), (1.0, float("inf"))])
+def test_a_merge_whose_logits_are_no_numbers_is_not_trusted(effect: float, drift: float) -> None:
+    problem = merging.Comparison(1.0, 1.0, effect, drift).problem
+    assert problem is not None
+    assert "NaN" in problem
+
+
 def test_an_adapted_tied_head_merges_into_a_head_of_its_own(stories: Path, prepared: Path, tmp_path: Path) -> None:
     load_script("finetune/lora").main(
         data_dir=prepared,
@@ -119,8 +144,8 @@ def test_an_adapted_tied_head_merges_into_a_head_of_its_own(stories: Path, prepa
         train=TrainArgs(learning_rate=1e-2, global_batch_size=4, max_steps=5),
         eval=EvalArgs(max_new_tokens=0),
     )
-    lora = ("--lora_path", tmp_path / "out" / "lit_model_lora_finetuned.pth", "--checkpoint_dir", stories)
-    run_script("scripts/merge_lora", *lora, "--out_dir", tmp_path / "merged")
+    adapter = ("--lora_path", tmp_path / "out" / "lit_model_lora_finetuned.pth", "--checkpoint_dir", stories)
+    run_script("scripts/merge_lora", *adapter, "--out_dir", tmp_path / "merged")
     merged = checkpoint.load_model(tmp_path / "merged", torch.float32)
     assert not merged.config.tie_embeddings
     base = checkpoint.load_model(stories, torch.float32)

@@ -126,6 +126,29 @@ def test_compiled_blocks_compute_the_same_and_are_not_made_again_for_other_lengt
         torch.testing.assert_close(states[1][name], factor, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(3, 5, 16), (1, 64, 16), (2, 31, 16)])
+def test_a_compiled_update_drops_the_same_on_both_ways(shape: tuple[int, ...]) -> None:
+    """What was dropped is read off the input's gradient."""
+    torch.manual_seed(0)
+    p, layer = 0.5, lora.LoRALinear(torch.nn.Linear(16, 16), LoRASettings(r=2, dropout=0.5))
+    torch.nn.init.normal_(layer.lora_B)
+    torch.nn.init.zeros_(layer.base.weight)
+    compiled = torch.compile(lambda x: layer(x * 1) * 1, dynamic=True)  # as between other operators
+    for _ in range(3):
+        x = torch.randn(shape, requires_grad=True)
+        y = compiled(x)
+        seed = torch.randn(y.shape)
+        y.backward(seed)
+        whole = seed @ (layer.lora_B @ layer.lora_A).detach() * layer.scaling / (1 - p)
+        kept = x.grad != 0
+        assert 0.3 < kept.float().mean() < 0.7
+        torch.testing.assert_close(x.grad, whole * kept)
+        with torch.no_grad():
+            update = (x * kept / (1 - p)) @ (layer.lora_B @ layer.lora_A).t() * layer.scaling
+        torch.testing.assert_close(y, update + layer.base.bias, rtol=1e-4, atol=1e-5)
+
+
 def test_the_loss_is_that_of_plain_cross_entropy_on_the_answers(fabric, stories: Path, prepared: Path):
     """Row by row, without batching, from the raw file."""
     model = checkpoint.load_model(stories, torch.float32).eval()

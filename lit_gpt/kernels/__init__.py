@@ -1,11 +1,15 @@
 """C for CPUs, compiled where it is first used. Without a compiler or the right processor all works too, only slower."""
 
+import contextlib
 import ctypes
 import hashlib
+import logging
 import os
 import platform
+import shlex
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -21,22 +25,40 @@ FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-f
 
 @cache
 def compiled(name: str) -> ctypes.CDLL | None:
-    """The library of `name`.c beside this file, or None where it cannot be had.
+    """The library of `name`.c beside this file, or None, and a warning, where it cannot be had.
 
-    It is kept in the user's cache, some 20 KB, under a name that tells source, compiler and processor.
+    It is kept in the user's cache, some 20 KB, under a name that tells source, compiler's command and processor; where
+    there is no such folder, it is made for this process alone.
     """
     source, processor = Path(__file__).with_name(f"{name}.c"), torch.backends.cpu.get_cpu_capability()
-    command = [os.environ.get("CC", "cc"), *FLAGS, *PROCESSORS.get(processor, [])]
+    command = [*shlex.split(os.environ.get("CC") or "cc"), *FLAGS, *PROCESSORS.get(processor, [])]
     told = " ".join((*command, platform.machine())).encode() + source.read_bytes()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_gpt"
-    library = folder / f"{name}-{hashlib.sha256(told).hexdigest()[:16]}.so"
+    file = f"{name}-{hashlib.sha256(told).hexdigest()[:16]}.so"
     try:
-        if not library.is_file():
+        try:
+            folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_gpt"
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as made:  # renamed when it is whole
-                out = Path(made) / library.name
-                subprocess.run([*command, "-o", out, source, "-lm"], check=True, capture_output=True)
-                out.replace(library)
-        return ctypes.CDLL(str(library))
-    except (OSError, subprocess.CalledProcessError):
+            return _made(command, source, folder / file)
+        except (OSError, RuntimeError):  # no home, or none that may be written to
+            with tempfile.TemporaryDirectory() as private:
+                return _made(command, source, Path(private) / file)
+    except (OSError, subprocess.CalledProcessError) as error:
+        why = error.stderr.decode(errors="replace") if isinstance(error, subprocess.CalledProcessError) else str(error)
+        logging.getLogger(__name__).warning(
+            "%s cannot be compiled, and this CPU takes longer without it; install a C compiler, or name it in CC (%s)",
+            source.name,
+            (why.strip().splitlines() or [str(error)])[0],
+        )
         return None
+
+
+def _made(command: Sequence[str], source: Path, library: Path) -> ctypes.CDLL:
+    """The library, compiled unless it is there. Raises OSError, or CalledProcessError if the compiler fails."""
+    if library.is_file():
+        with contextlib.suppress(OSError):  # a file that was damaged is made anew
+            return ctypes.CDLL(str(library))
+    with tempfile.TemporaryDirectory(dir=library.parent) as made:  # renamed when it is whole
+        out = Path(made) / library.name
+        subprocess.run([*command, "-o", out, source, "-lm"], check=True, capture_output=True)
+        out.replace(library)
+    return ctypes.CDLL(str(library))

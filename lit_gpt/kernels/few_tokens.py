@@ -57,6 +57,7 @@ def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     library, x, (n, k) = _library(), x.contiguous(), weight.shape
     assert library is not None, "ask available() first"
     assert x.shape[1] == k
+    assert weight.is_contiguous()
     y = torch.empty(len(x), n, dtype=torch.bfloat16)
     pointers = (x.data_ptr(), weight.data_ptr(), y.data_ptr(), torch.get_num_threads())
     if len(x) == 1:

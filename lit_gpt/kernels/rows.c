@@ -41,8 +41,8 @@ static void store(void *to, long bf16, long at, const float *from, long n) { /* 
         memcpy((float *)to + at, from, n * sizeof(float));
 }
 
-static inline float clamped_exp(float x) { /* within 2 units in the last place for x in [-87, 88]; constant beyond */
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x; /* NaN stays NaN */
+static inline float clamped_exp(float x) { /* within 2 units in the last place for x in [-87, 88] */
+    x = x < -87.0f ? -87.0f : x > 89.0f ? 89.0f : x; /* NaN stays NaN, and 89 becomes infinity */
     float k = (x * 1.44269504f + 12582912.0f) - 12582912.0f; /* the nearest whole number */
     float r = (x - k * 0.693359375f) + k * 2.12194440e-4f;    /* x - k log 2, whose first part is exact */
     float p = 1.0f / 5040;
@@ -98,7 +98,7 @@ void gated_silu(long count, const void *gate, const void *up, void *y, long bf16
         float a[PIECE], b[PIECE];
         load(a, gate, bf16, at, n);
         load(b, up, bf16, at, n);
-        for (long i = 0; i < n; i++) a[i] = a[i] * b[i] / (1.0f + clamped_exp(-a[i]));
+        for (long i = 0; i < n; i++) a[i] = a[i] / (1.0f + clamped_exp(-a[i])) * b[i];
         store(y, bf16, at, a, n);
     }
 }
@@ -179,9 +179,10 @@ void causal_softmax(long rows, long keys, long queries, long start, float scale,
         long seen = start + row % queries + 1;
         float a[keys], most = -INFINITY, sum = 0;
         load(a, scores, bf16, row * keys, seen);
+        for (long i = 0; i < seen; i++) a[i] *= scale;
 #pragma omp simd reduction(max : most)
         for (long i = 0; i < seen; i++) most = a[i] > most ? a[i] : most;
-        for (long i = 0; i < seen; i++) a[i] = clamped_exp((a[i] - most) * scale);
+        for (long i = 0; i < seen; i++) a[i] = clamped_exp(a[i] - most);
 #pragma omp simd reduction(+ : sum)
         for (long i = 0; i < seen; i++) sum += a[i];
         for (long i = 0; i < seen; i++) a[i] *= 1.0f / sum;
@@ -231,6 +232,7 @@ void cross_entropy(long rows, long n, const void *logits, long bf16, const int64
         }
         if (labels[row] < 0 || labels[row] >= n) { /* a caller's mistake, that must not go unseen */
             losses[row] = NAN;
+            for (long i = 0; grad && i < n; i++) store(grad, bf16, row * n + i, &losses[row], 1);
             continue;
         }
         load(&wanted, logits, bf16, row * n + labels[row], 1);

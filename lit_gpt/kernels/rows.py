@@ -47,7 +47,10 @@ def _call(name: str, *arguments: torch.Tensor | float | None) -> None:
     for argument in arguments:
         if isinstance(argument, FakeTensor):
             return
-        passed.append(argument.data_ptr() if isinstance(argument, torch.Tensor) else argument)
+        if isinstance(argument, torch.Tensor):
+            assert argument.is_contiguous()
+            argument = argument.data_ptr()
+        passed.append(argument)
     getattr(_library(), name)(*passed, torch.get_num_threads())
 
 
@@ -66,7 +69,7 @@ def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x (..., n) normed and times weight (n,), in `dtype`; and 1 / rms(x) (..., 1), float32."""
-    x, n = x.contiguous(), x.shape[-1]
+    x, weight, n = x.contiguous(), weight.contiguous(), x.shape[-1]
     assert weight.shape == (n,)
     assert weight.dtype in DTYPES
     y, scale = torch.empty(x.shape, dtype=dtype), torch.empty((*x.shape[:-1], 1), dtype=torch.float32)
@@ -76,7 +79,7 @@ def rms_norm(
 
 def rms_norm_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """The gradient of x, in x's dtype."""
-    x, grad, n = x.contiguous(), grad.contiguous(), x.shape[-1]
+    x, grad, weight, n = x.contiguous(), grad.contiguous(), weight.contiguous(), x.shape[-1]
     dx = torch.empty_like(x)
     assert grad.shape == x.shape
     numbers = (grad, _half(grad), x, _half(x), weight, _half(weight), scale, dx)
@@ -102,6 +105,9 @@ def gated_silu_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float) -> torch.Tensor:
     """x (B, H, T, D), tokens before heads in memory, as the result is; cos and sin (B or 1, 1, T, n) in x's dtype."""
     (batch, heads, tokens, size), n = x.shape, cos.shape[-1]
+    assert (cos.dtype, sin.dtype) == (x.dtype, x.dtype)
+    assert n <= size
+    assert cos.shape[2] == tokens
     x, cos, sin = x.transpose(1, 2).contiguous(), cos.contiguous(), sin.contiguous()
     y = torch.empty_like(x)
     shape = (batch * tokens, heads, size, n, cos.numel() // n)

@@ -1,0 +1,69 @@
+"""How the C files become libraries: where there is a compiler or none, a cache or none."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from lit_gpt import kernels
+from lit_gpt.kernels import rows
+
+pytestmark = pytest.mark.skipif(not rows.available(), reason="no C compiler")
+
+
+def compiled_anew() -> object:
+    return kernels.compiled.__wrapped__("rows")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "lit_gpt"
+
+
+def test_a_library_is_kept_and_a_damaged_one_made_anew(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compiled_anew()
+    (kept,) = cache.iterdir()
+    made = kept.stat().st_mtime_ns
+    assert compiled_anew()
+    assert kept.stat().st_mtime_ns == made
+    damaged = cache.parent / "other" / "lit_gpt" / kept.name  # elsewhere: a library is opened once under one name
+    damaged.parent.mkdir(parents=True)
+    damaged.touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent / "other"))
+    assert compiled_anew()
+    assert damaged.stat().st_size == kept.stat().st_size
+
+
+@pytest.mark.parametrize("command", ["", "env cc -DLEFT_ALONE"])
+def test_the_compiler_may_be_a_command_with_arguments(
+    command: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", command)
+    assert compiled_anew()
+
+
+def test_no_folder_to_keep_it_in_is_no_hindrance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert compiled_anew()
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    assert compiled_anew()
+
+
+def test_without_a_compiler_there_is_a_warning(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with caplog.at_level(logging.WARNING):
+        assert compiled_anew() is None
+    assert "rows.c" in caplog.text
+    assert "no-such-compiler" in caplog.text
+    monkeypatch.setenv("CC", "cc -fno-such-flag")
+    assert compiled_anew() is None
+    assert "no-such-flag" in caplog.text
