@@ -13,11 +13,14 @@ class KVCache:
     def __init__(self, n_layer: int, batch: int, capacity: int):
         self.capacity = capacity
         self.lengths = [0] * batch  # tokens stored per row
+        self._positions: dict[int, torch.Tensor] = {}  # by the number of new tokens: every layer asks for the same
         self._stores: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * n_layer  # k, v (B, G, capacity, D)
 
     def positions(self, n_new: int) -> torch.Tensor:
         """Positions (B, n_new) of the tokens that come next."""
-        return torch.tensor(self.lengths)[:, None] + torch.arange(n_new)
+        if n_new not in self._positions:
+            self._positions[n_new] = torch.tensor(self.lengths)[:, None] + torch.arange(n_new)
+        return self._positions[n_new]
 
     def stores(self, layer: int, sizes: tuple[int, int, int], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A layer's room for keys (B, G, capacity, D) and values, made on first use; `sizes`: G, D, D of values."""
@@ -39,20 +42,21 @@ class KVCache:
             for old, new in zip(store, (k, v), strict=True):
                 old[:, :, start:end] = new
         else:
-            at = self.positions(n_new).to(k.device)[:, None, :, None]
+            rows, at = torch.arange(len(self.lengths))[:, None].to(k.device), self.positions(n_new).to(k.device)
             for old, new in zip(store, (k, v), strict=True):
-                old.scatter_(2, at.expand_as(new), new)
+                old.transpose(1, 2)[rows, at] = new.transpose(1, 2)
         return store[0][:, :, :end], store[1][:, :, :end]
 
     def advance(self, n_new: int) -> None:
         """Count `n_new` stored tokens in, once every layer has been updated."""
-        self.lengths = [length + n_new for length in self.lengths]
+        self.truncate([length + n_new for length in self.lengths])
 
     def truncate(self, lengths: list[int]) -> None:
         """Forget what lies beyond these lengths, one per row."""
         self.lengths = list(lengths)
+        self._positions.clear()
 
     def select(self, rows: list[int]) -> None:
         """Keep only these rows: the sequences that are not finished."""
-        self.lengths = [self.lengths[row] for row in rows]
+        self.truncate([self.lengths[row] for row in rows])
         self._stores = [None if store is None else (store[0][rows], store[1][rows]) for store in self._stores]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lit_gpt.cache import KVCache
-from lit_gpt.kernels import few_tokens, rows
+from lit_gpt.kernels import few_tokens, rows, tiles
 from lit_gpt.model import Block, Rotations
 from lit_gpt.ops import Layout, autocast_dtype
 from lit_gpt.quantization import Linear4bit, levels_of
@@ -26,13 +26,16 @@ class FewTokensLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         n_tokens = x.numel() // self.in_features
-        most = few_tokens.MOST_TOKENS if few_tokens.available() else 1
-        if not 0 < n_tokens <= most or x.dtype != self.weight.dtype or torch.is_grad_enabled():
+        if x.dtype != self.weight.dtype or torch.is_grad_enabled():
             return super().forward(x)
-        if few_tokens.available():
+        if 0 < n_tokens <= few_tokens.MOST_TOKENS and few_tokens.available():
             y = few_tokens.product(x.reshape(n_tokens, -1), self.weight)
-        else:
+        elif tiles.fits(n_tokens, self.weight):
+            y = tiles.product(x.reshape(n_tokens, -1), self.weight)
+        elif n_tokens == 1:
             y = torch.mv(self.weight, x.flatten())  # for which torch reads faster than for a matrix of one row
+        else:
+            return super().forward(x)
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], self.out_features)
 
 

@@ -10,7 +10,6 @@ from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
-from torch.nn.utils.rnn import pad_sequence
 
 from lit_gpt import ops, rope
 from lit_gpt.generation import Sampler, generate_batch, greedy
@@ -113,38 +112,35 @@ class LitGPT(TemplateLM):
         return items
 
     def _score(self, items: Sequence[Sequence[Request]]) -> list[tuple[float, bool]]:
-        """Of each request of each item. A row is a context and its continuations, which do not see one another."""
-        tokens: list[list[int]] = []
-        positions: list[list[int]] = []
-        branches: list[list[int]] = []
-        asked: list[tuple[int, int]] = []  # row and place of each token that tells what follows it
-        for row, item in enumerate(items):
+        """Of each request of each item: a context and its continuations, which do not see one another.
+
+        All items lie end to end, so that there is no padding to compute.
+        """
+        tokens: list[int] = []
+        positions: list[int] = []
+        branches: list[int] = []
+        lengths: list[int] = []
+        asked: list[int] = []  # places of the tokens that tell what follows them
+        for item in items:
             room = self.max_length + 1 - max(len(wanted) for _, _, wanted in item)
             if room < 1:
                 raise ValueError(f"an answer has more than the {self.max_length} tokens that the model can see")
             context = item[0][1][-room:]  # cut on the left to what the model can see
-            n = len(context)
-            tokens.append(list(context))
-            positions.append(list(range(n)))
-            branches.append([0] * n)
+            begin, n = len(tokens), len(context)
+            tokens += context
+            positions += range(n)
+            branches += [0] * n
             for branch, (_, _, wanted) in enumerate(item, start=1):
-                first, more = len(tokens[row]), len(wanted) - 1
-                asked += [(row, n - 1), *((row, first + i) for i in range(more))]
-                tokens[row] += wanted[:-1]
-                positions[row] += range(n, n + more)
-                branches[row] += [branch] * more
-        layout = None
-        if any(len(item) > 1 for item in items):
-            at = self._padded(positions, 0)
-            layout = Layout(at, int(at.max()) + 1, branches=self._padded(branches, -1))  # nobody sees the padding
-        x = self.model.transformer(self._padded(tokens, 0), layout=layout)
-        at_row, at_place = torch.tensor(asked, device=x.device).t()
-        answers = [wanted for item in items for _, _, wanted in item]
-        return self._compared(x[at_row, at_place], answers)
-
-    def _padded(self, rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
-        tensors = [torch.tensor(row) for row in rows]
-        return pad_sequence(tensors, batch_first=True, padding_value=value).to(self.assistant.device)
+                more = len(wanted) - 1
+                asked += [begin + n - 1, *range(len(tokens), len(tokens) + more)]
+                tokens += wanted[:-1]
+                positions += range(n, n + more)
+                branches += [branch] * more
+            lengths.append(len(tokens) - begin)
+        ids, at, branch_of = torch.tensor([tokens, positions, branches], device=self.assistant.device)[:, None]
+        layout = Layout(at, max(positions) + 1, lengths, branch_of if any(len(item) > 1 for item in items) else None)
+        x = self.model.transformer(ids, layout=layout)[0]
+        return self._compared(x[asked], [wanted for item in items for _, _, wanted in item])
 
     def _compared(self, x: torch.Tensor, answers: Sequence[list[int]]) -> list[tuple[float, bool]]:
         """Of states (n, C) before the tokens of all answers: each one's log probability, and whether it is likeliest.
@@ -156,9 +152,7 @@ class LitGPT(TemplateLM):
         for states, labels in zip(x.split(256), wanted.split(256), strict=True):
             logits = self.model.head(states)
             losses.append(ops.cross_entropy(logits, labels, False)[0])
-            is_best = logits.amax(dim=-1) == logits.gather(-1, labels[:, None])[:, 0]
-            is_best[is_best.clone()] = logits[is_best].argmax(dim=-1) == labels[is_best]  # the first of equals
-            likeliest.append(is_best)
+            likeliest.append(greedy(logits) == labels)
         counts = [len(answer) for answer in answers]
         parts = zip(torch.cat(losses).split(counts), torch.cat(likeliest).split(counts), strict=True)
         return [(-float(loss.sum()), bool(is_best.all())) for loss, is_best in parts]
@@ -214,8 +208,12 @@ class LitGPT(TemplateLM):
         prompts = [self.tok_encode(context)[-room:] or [self.prefix_token_id] for context in contexts]
         rows: list[list[int]] = [[] for _ in prompts]
 
+        reach = 8 + 4 * max(
+            map(len, until), default=0
+        )  # tokens that a stop string just ended lies within: bytes at worst
+
         def ends(row: int, token: int) -> bool:
-            text = self.codec.decode(rows[row])
+            text = self.codec.decode(rows[row][-reach:]) if until else ""
             return any(stop in text for stop in until)
 
         with self.assistant.autocast():

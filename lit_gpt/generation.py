@@ -35,7 +35,7 @@ class Sampler:
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """One token per row, (B,)."""
         if self.temperature == 0:
-            return logits.argmax(dim=-1)
+            return greedy(logits)
         logits = logits.float() / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             least = logits.topk(self.top_k, dim=-1).values[:, -1:]
@@ -49,8 +49,8 @@ class Sampler:
 
 
 def greedy(logits: torch.Tensor) -> torch.Tensor:
-    """The likeliest token of each row, (B,)."""
-    return logits.argmax(dim=-1)
+    """The likeliest token of each row, the first of equals, (B,)."""
+    return logits.max(dim=-1).indices  # in bfloat16 several times as fast as argmax
 
 
 def decode_step(model: GPT, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:

@@ -48,18 +48,19 @@ class Layout:
     """Which tokens a batch holds: at which positions, and which may see which.
 
     Plain batches (B, T) are causal, so padding on the right is never seen. `lengths` splits one row (1, T) into the
-    sequences that were laid end to end. `branches` are continuations of one beginning, laid end to end behind it: a
-    token sees the beginning, where they are 0, and its own. With `cached`, keys reach back to position 0; `positions`
-    are the queries'.
+    sequences that were laid end to end. `branches` are continuations of a sequence's beginning, laid end to end behind
+    it: a token sees the beginning, where they are 0, and its own. With `cached`, keys reach back to position 0;
+    `positions` are the queries'.
     """
 
     positions: torch.Tensor  # (B, T)
     length: int  # longest position + 1
     lengths: Sequence[int] | None = None
-    branches: torch.Tensor | None = None  # (B, T)
+    branches: torch.Tensor | None = None  # (1, T)
     cached: bool = False
     ragged: bool = False  # the cached sequences differ in length
     _beyond: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    _apart: dict[int | None, list[torch.Tensor]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, tokens: torch.Tensor, lengths: Sequence[int] | None = None) -> "Layout":
@@ -79,20 +80,31 @@ class Layout:
                 begin += length
 
     def beyond(self, window: int | None) -> torch.Tensor | None:
-        """Where queries must not look among cached positions or branches, (B, 1, T, S); None if nowhere. Made once."""
+        """Where queries must not look among cached positions, (B, 1, T, S); None if nowhere. Made once."""
         sees_all = window is None or window >= self.length
-        if self.branches is None and self.positions.shape[1] == 1 and not self.ragged and sees_all:
+        if self.positions.shape[1] == 1 and not self.ragged and sees_all:
             return None
         if window not in self._beyond:
-            at, keys = self.positions[:, None, :, None], torch.arange(self.length, device=self.positions.device)
-            if self.branches is not None:
-                keys = self.positions[:, None, None]
-            hidden = keys > at if window is None else (keys > at) | (keys <= at - window)
-            if self.branches is not None:
-                theirs = self.branches[:, None, None]
-                hidden |= (theirs != 0) & (theirs != self.branches[:, None, :, None])
-            self._beyond[window] = hidden
+            keys = torch.arange(self.length, device=self.positions.device)
+            self._beyond[window] = _hidden(self.positions[:, None, :, None], keys, window)
         return self._beyond[window]
+
+    def apart(self, window: int | None) -> list[torch.Tensor]:
+        """Where the queries of each sequence must not look among its beginning and branches, (T, T) each. Made once."""
+        if window not in self._apart:
+            assert self.branches is not None
+            assert self.lengths is not None
+            parts = (x[0].split(list(self.lengths)) for x in (self.positions, self.branches))
+            self._apart[window] = [
+                _hidden(at[:, None], at, window) | (branch != 0) & (branch != branch[:, None])
+                for at, branch in zip(*parts, strict=True)
+            ]
+        return self._apart[window]
+
+
+def _hidden(queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Whether a query at a position must not look at a key at another."""
+    return keys > queries if window is None else (keys > queries) | (keys <= queries - window)
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -273,9 +285,18 @@ def attention(
 
     `window` positions are visible, the token's own included; `softcap` bounds the scores, c * tanh(s / c).
     """
-    if layout.branches is not None or (layout.cached and q.shape[2] != k.shape[2]):
+    one = layout.cached and q.shape[2] == 1 and softcap is None and not torch.is_grad_enabled()
+    alike = (
+        k.dtype == v.dtype == q.dtype and k.shape == v.shape and k.shape[2] * q.shape[1] // k.shape[1] <= rows.WIDEST
+    )
+    if one and alike and in_c(q):
+        return rows.attend_one(q, k, v, layout.positions, scale, window)
+    if layout.cached and q.shape[2] != k.shape[2]:
         return _masked(q, k, v, scale, layout.beyond(window), softcap)
-    lengths = layout.lengths or (q.shape[2],)
+    lengths = list(layout.lengths or (q.shape[2],))
+    if layout.branches is not None:
+        each = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), layout.apart(window), strict=True)
+        return _end_to_end([_masked(q, k, v, scale, hidden, softcap) for q, k, v, hidden in each])
     slides = window is not None and window < max(lengths)
     on_cpu = _device(q) == "cpu" and not torch.compiler.is_compiling()
     if softcap is None and not slides and on_cpu and min(*lengths, q.numel()):  # its kernel cannot do without tokens
@@ -283,8 +304,13 @@ def attention(
         return y
     if layout.lengths is None:
         return _causal(q, k, v, scale, window, softcap)
-    rows = zip(*(x.split(list(layout.lengths), dim=2) for x in (q, k, v)), strict=True)
-    return torch.cat([_causal(q, k, v, scale, window, softcap) for q, k, v in rows], dim=2)
+    each = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
+    return _end_to_end([_causal(q, k, v, scale, window, softcap) for q, k, v in each])
+
+
+def _end_to_end(outs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Sequences (B, H, T, D) as one, whose tokens come before heads in memory, as the next layer reads them."""
+    return outs[0] if len(outs) == 1 else torch.cat([out.transpose(1, 2) for out in outs], dim=1).transpose(1, 2)
 
 
 def _causal(
@@ -339,7 +365,7 @@ class _CPUAttention(torch.autograd.Function):
         outs = [fused(*part, 0.0, True, scale=scale)[0] for part in parts]
         ctx.save_for_backward(q, k, v)
         ctx.scale, ctx.layout = scale, layout
-        return outs[0] if len(outs) == 1 else torch.cat([out.transpose(1, 2) for out in outs], dim=1).transpose(1, 2)
+        return _end_to_end(outs)
 
     @staticmethod
     def backward(ctx, grad):

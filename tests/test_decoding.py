@@ -8,7 +8,7 @@ from lit_gpt import decoding, quantization
 from lit_gpt.cache import KVCache
 from lit_gpt.config import Config
 from lit_gpt.generation import decode_step, prefill
-from lit_gpt.kernels import few_tokens
+from lit_gpt.kernels import few_tokens, tiles
 from lit_gpt.model import GPT
 from lit_gpt.surgery import swap
 
@@ -80,6 +80,20 @@ def tiny(kind: str | None = None, **changes: object) -> GPT:
             lambda name, module: quantization.quantize(module.weight.detach(), kind),  # type: ignore[arg-type]
         )
     return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("n", "k"), [(16, 32), (48, 96), (192, 576)])
+@pytest.mark.parametrize("tokens", [1, 5, 16, 17, 32, 50, tiles.MOST_TOKENS])
+def test_tokens_in_tiles_are_multiplied_as_in_float64(tokens: int, n: int, k: int) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(tokens, k).bfloat16(), torch.randn(n, k).bfloat16()
+    if not tiles.fits(tokens, weight):
+        pytest.skip("no matrix tiles, or no C compiler")
+    expected = x.double() @ weight.double().t()
+    bound = 2**-8 * (x.double().abs() @ weight.double().abs().t())
+    assert ((tiles.product(x, weight).double() - expected).abs() <= bound).all()
+    assert not any(tiles.fits(*other) for other in ((0, weight), (65, weight), (1, weight[1:]), (1, weight[:, 1:])))
 
 
 @torch.inference_mode()

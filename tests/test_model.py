@@ -128,9 +128,10 @@ def test_branches_see_their_beginning_and_themselves(name: str, tmp_path: Path) 
         tokens += branch
         positions += range(12, 12 + len(branch))
         numbers += [number] * len(branch)
-    padding = [0, 0]  # up to the length of another row
-    layout = Layout(torch.tensor([positions + padding]), 27, branches=torch.tensor([[*numbers, -1, -1]]))
-    x = model.transformer(torch.tensor([tokens + padding]), layout=layout)[0, : len(tokens)]
+    others = [4, 5, 6]  # another sequence before it
+    at, branch_of = torch.tensor([[0, 1, 2, *positions], [0, 1, 2, *numbers]])[:, None]
+    layout = Layout(at, 27, [len(others), len(tokens)], branch_of)
+    x = model.transformer(torch.tensor([others + tokens]), layout=layout)[0, len(others) :]
     beginning, *pieces = x.split([12, *map(len, branches)])
     for piece, branch in zip(pieces, branches, strict=True):
         alone = model.transformer(torch.tensor([begun + branch]))[0]

@@ -197,6 +197,26 @@ def test_nothing_is_computed_of_nothing(shape: tuple[int, ...]) -> None:
     assert ops.gated("silu", x, x).shape == shape
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("window", [None, 1, 4])
+@pytest.mark.parametrize(("heads", "groups", "size"), [(4, 2, 16), (6, 1, 7), (3, 3, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_of_one_cached_query_each(
+    dtype: torch.dtype, heads: int, groups: int, size: int, window: int | None
+) -> None:
+    """Rows of different lengths in one store, whose unused places hold numbers too."""
+    places, capacity = torch.tensor([[6], [0], [10]]), 15
+    q = torch.randn(3, 1, heads, size).to(dtype).transpose(1, 2)
+    keys, values = (torch.randn(3, groups, capacity, size).to(dtype) for _ in range(2))
+    layout = Layout(places, 11, cached=True, ragged=True)
+    y = ops.attention(q, keys[:, :, :11], values[:, :, :11], scale=0.3, layout=layout, window=window)
+    for row, place in enumerate(places[:, 0].tolist()):
+        seen = slice(0 if window is None else max(0, place + 1 - window), place + 1)
+        k, v = (x[row, :, seen].double().repeat_interleave(heads // groups, dim=0) for x in (keys, values))
+        expected = (q[row].double() @ k.mT * 0.3).softmax(-1) @ v
+        assert (y[row].double() - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
+
+
 def test_attention_in_blocks_of_a_padded_batch() -> None:
     layout = Layout.of(torch.zeros(2, 270, dtype=torch.long))
     q, k, v = (torch.randn(2, 270, n, 16).transpose(1, 2).requires_grad_() for n in (4, 2, 2))

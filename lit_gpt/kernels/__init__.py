@@ -47,7 +47,7 @@ def compiled(name: str) -> ctypes.CDLL | None:
         logging.getLogger(__name__).warning(
             "%s cannot be compiled, and this CPU takes longer without it; install a C compiler, or name it in CC (%s)",
             source.name,
-            (why.strip().splitlines() or [str(error)])[0],
+            next((line for line in why.splitlines() if "error" in line), str(error)),
         )
         return None
 

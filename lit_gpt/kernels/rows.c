@@ -208,6 +208,44 @@ void causal_softmax_backward(long rows, long keys, long queries, long start, flo
     }
 }
 
+/* y (batch, heads, size): attention of one query for each of a batch, q (batch, heads, size), on keys and values
+   (batch, groups, capacity, size), of which it sees those at the `window` places up to `place` (batch). */
+void attend_one(long batch, long heads, long groups, long size, long capacity, long window, float scale, const void *q,
+                const void *keys, const void *values, const int64_t *place, void *y, long bf16, long threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (batch * heads * size > SMALL / 16)
+    for (long row = 0; row < batch * groups; row++) { /* the heads of a group, which share keys and values */
+        long last = place[row / groups], first = last + 1 > window ? last + 1 - window : 0, seen = last + 1 - first;
+        long n = heads / groups, begin = row * capacity + first;
+        float a[n * size], b[size], weights[n * seen];
+        load(a, q, bf16, row * n * size, n * size);
+        for (long s = 0; s < seen; s++) {
+            load(b, keys, bf16, (begin + s) * size, size);
+            for (long head = 0; head < n; head++) {
+                float dot = 0;
+#pragma omp simd reduction(+ : dot)
+                for (long i = 0; i < size; i++) dot += a[head * size + i] * b[i];
+                weights[head * seen + s] = dot * scale;
+            }
+        }
+        for (long head = 0; head < n; head++) {
+            float *w = weights + head * seen, most = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : most)
+            for (long s = 0; s < seen; s++) most = w[s] > most ? w[s] : most;
+            for (long s = 0; s < seen; s++) w[s] = clamped_exp(w[s] - most);
+#pragma omp simd reduction(+ : sum)
+            for (long s = 0; s < seen; s++) sum += w[s];
+            for (long s = 0; s < seen; s++) w[s] *= 1.0f / sum;
+        }
+        memset(a, 0, sizeof a);
+        for (long s = 0; s < seen; s++) {
+            load(b, values, bf16, (begin + s) * size, size);
+            for (long head = 0; head < n; head++)
+                for (long i = 0; i < size; i++) a[head * size + i] += weights[head * seen + s] * b[i];
+        }
+        store(y, bf16, row * n * size, a, n * size);
+    }
+}
+
 /* losses (rows): of each row of logits (rows, n), the cross entropy with its label. Where `grad` is not null it gets the
    gradient; it may be the logits. */
 void cross_entropy(long rows, long n, const void *logits, long bf16, const int64_t *labels, float *losses, void *grad,

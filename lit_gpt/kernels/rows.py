@@ -22,6 +22,7 @@ ARGUMENTS = {  # l: a whole number, f: a fraction, p: a tensor's numbers, or non
     "dropout": "lpplpl",
     "causal_softmax": "llllfpl",
     "causal_softmax_backward": "llllfppl",
+    "attend_one": "llllllfpppppl",
     "cross_entropy": "llplppp",
 }
 TYPES = {"l": ctypes.c_long, "f": ctypes.c_float, "p": ctypes.c_void_p}
@@ -135,6 +136,26 @@ def causal_softmax_backward(grad: torch.Tensor, weights: torch.Tensor, queries: 
     shape = (grad.numel() // keys, keys, queries, keys - queries)
     _call("causal_softmax_backward", *shape, scale, weights, grad, _half(grad))
     return grad
+
+
+def attend_one(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, places: torch.Tensor, scale: float, window: int | None
+) -> torch.Tensor:
+    """Attention (B, H, 1, D) of one query each, q (B, H, 1, D), at `places` (B, 1) of keys and values.
+
+    Those (B, G, S, D) begin a longer store of the same layout.
+    """
+    batch, heads, _, size = q.shape
+    groups, capacity = keys.shape[1], keys.stride(1) // size
+    assert keys.stride() == values.stride() == (groups * capacity * size, capacity * size, size, 1)
+    assert (keys.dtype, values.dtype, places.dtype) == (q.dtype, q.dtype, torch.int64)
+    assert places.shape == (batch, 1)
+    assert int(places.max()) < keys.shape[2]
+    y = torch.empty(q.shape, dtype=q.dtype)
+    shape = (batch, heads, groups, size, capacity, window or capacity)
+    stores = (keys.as_strided((1,), (1,)), values.as_strided((1,), (1,)))  # where they begin
+    _call("attend_one", *shape, scale, q.contiguous(), *stores, places.contiguous(), y, _half(q))
+    return y
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
