@@ -208,9 +208,8 @@ class LitGPT(TemplateLM):
         prompts = [self.tok_encode(context)[-room:] or [self.prefix_token_id] for context in contexts]
         rows: list[list[int]] = [[] for _ in prompts]
 
-        reach = 8 + 4 * max(
-            map(len, until), default=0
-        )  # tokens that a stop string just ended lies within: bytes at worst
+        # Tokens that a stop string which has just ended lies within: a character is four of them at worst.
+        reach = 8 + 4 * max(map(len, until), default=0)
 
         def ends(row: int, token: int) -> bool:
             text = self.codec.decode(rows[row][-reach:]) if until else ""
