@@ -285,7 +285,8 @@ def attention(
 
     `window` positions are visible, the token's own included; `softcap` bounds the scores, c * tanh(s / c).
     """
-    one = layout.cached and q.shape[2] == 1 and softcap is None and not torch.is_grad_enabled()
+    # Torch's fused attention is as fast where it needs no mask.
+    one = layout.cached and layout.ragged and q.shape[2] == 1 and softcap is None and not torch.is_grad_enabled()
     alike = k.dtype == v.dtype == q.dtype and k.shape == v.shape
     if one and alike and in_c(q) and k.shape[2] * q.shape[1] // k.shape[1] <= rows.WIDEST:
         return rows.attend_one(q, k, v, layout.positions, scale, window)

@@ -1,7 +1,7 @@
 """Ids of many texts, each distinct word encoded once: a data set holds its words tens of times over.
 
 A text is cut before each space that follows something other than a space. That is exact wherever no token of a BPE
-vocabulary reaches across such a place: merges never cross it, and normalizers and pre-tokenizers of the kinds named
+vocabulary reaches across such a place: merges never cross it, and the normalizers and pre-tokenizers that are known
 here see nothing beyond it. A few texts of each call are encoded whole too; a tokenizer that differs goes without.
 """
 
@@ -12,14 +12,18 @@ from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
-LOCAL = {  # what may stand in a tokenizer.json; anything else could look further than a word
-    "normalizer": {"NFC", "Prepend", "Replace", "Sequence"},
-    "pre_tokenizer": {"ByteLevel", "Digits", "Metaspace", "Punctuation", "Sequence", "Split"},
-}
 SPACE, BYTE_LEVEL_SPACE = "\u2581", "\u0120"  # as sentencepiece's and byte-level vocabularies write it
+LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLITS = {  # expressions that take no space behind a word: Llama 3's, Qwen's, Falcon's
+    rf"{LETTERS}|\p{{N}}{{1,3}}{REST}",
+    rf"{LETTERS}|\p{{N}}{REST}",
+    "[0-9][0-9][0-9]",
+}
 CUT = re.compile(rf"(?<=[^\s{SPACE}])(?= )")
 UNEVEN = re.compile(rf" (?<![^\s{SPACE}] )")  # a space that is no place to cut; the literal first is found fast
-N_KEPT = 1 << 20  # distinct words, some 200 MB
+N_KEPT = 1 << 19  # distinct words, some 100 MB
+LONGEST = 64  # characters of a word; longer ones hardly come twice, as in writing without spaces
 N_CHECKED = 32  # texts of a call that are encoded both ways
 Encode = Callable[[Sequence[str]], list[list[int]]]
 
@@ -56,7 +60,7 @@ class Words:
         return [next(special) if ids is None else array("i", ids).tolist() for ids in joined]
 
     def _joined(self, text: str) -> bytes | None:
-        """The ids of a text; None if it holds a word that is not known, or an added token."""
+        """The ids of a text; None if it holds a word that is not known (yet, or too long), or an added token."""
         words = _cut(text)
         try:
             return self.first[words[0]] + b"".join(map(self.later.__getitem__, words[1:]))  # type: ignore
@@ -67,7 +71,7 @@ class Words:
         """Encode the new ones, each behind the word `before` if there is one: a text's first is encoded otherwise."""
         if len(known) + len(words) > N_KEPT:
             known.clear()
-        new = list(words - known.keys())
+        new = [word for word in words - known.keys() if len(word) <= LONGEST]
         skip = len(self.whole([before])[0])
         for word, ids in zip(new, self.whole([f"{before} {word}" if before else word for word in new]), strict=True):
             known[word] = array("i", ids[skip:]).tobytes() if self.added.isdisjoint(ids) else None
@@ -86,21 +90,45 @@ def may_cut(file: str) -> bool:
     from tokenizers.decoders import ByteLevel
 
     said = json.loads(file)
-    model, kinds = said["model"], {part: _kinds(said[part]) for part in LOCAL}
+    model, parts = said["model"], [*_parts(said["normalizer"]), *_parts(said["pre_tokenizer"])]
     marked = model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
-    if model["type"] != "BPE" or marked or any(kinds[part] - LOCAL[part] for part in LOCAL):
+    if model["type"] != "BPE" or marked or not all(map(_is_local, parts)):
         return False
-    tokens = chain(model["vocab"], (token["content"] for token in said["added_tokens"]))
-    if "ByteLevel" not in kinds["pre_tokenizer"]:
+    kinds = {part["type"] for part in parts}
+    in_bytes, replaced = "ByteLevel" in kinds, bool(kinds & {"Prepend", "Replace", "Metaspace"})
+    space = BYTE_LEVEL_SPACE if in_bytes else SPACE if replaced else " "
+    if (in_bytes and replaced) or space not in model["vocab"]:  # a space that is no token may become part of another
+        return False
+    added = said["added_tokens"]
+    if any(token["single_word"] and token["content"][:1].isspace() for token in added):  # it looks at what is before
+        return False
+    tokens = chain(model["vocab"], (token["content"] for token in added))
+    if not in_bytes:
         return not any(CUT.search(token.replace(SPACE, " ")) for token in tokens)
     read = ByteLevel().decode
     return not any(CUT.search(read([token])) for token in tokens if BYTE_LEVEL_SPACE in token[1:] or " " in token[1:])
 
 
-def _kinds(part: dict[str, Any] | None) -> set[str]:
-    """The types of a normalizer or pre-tokenizer, and of those inside it."""
+def _parts(part: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """A normalizer or pre-tokenizer, or those that it is a sequence of."""
     if part is None:
-        return set()
-    more = part["type"] == "Replace" and part["pattern"] != {"String": " "}
-    kind = "Replace of more than spaces" if more else str(part["type"])
-    return {kind}.union(*map(_kinds, part.get("normalizers") or part.get("pretokenizers") or ()))
+        return []
+    if part["type"] != "Sequence":
+        return [part]
+    return [inner for each in part.get("normalizers") or part.get("pretokenizers") or () for inner in _parts(each)]
+
+
+def _is_local(part: dict[str, Any]) -> bool:
+    """Whether this sees nothing beyond a word, and writes a space as it is or as `SPACE`."""
+    match part["type"]:
+        case "NFC" | "ByteLevel" | "Digits" | "Punctuation":
+            return True
+        case "Prepend":
+            return bool(part["prepend"] == SPACE)
+        case "Replace":
+            return part["pattern"] == {"String": " "} and part["content"] == SPACE
+        case "Metaspace":
+            return bool(part["replacement"] == SPACE)
+        case "Split":
+            return part["pattern"].get("Regex") in SPLITS and part["behavior"] == "Isolated" and not part["invert"]
+    return False

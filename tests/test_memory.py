@@ -150,3 +150,10 @@ def test_published_figures_are_predicted(monkeypatch: pytest.MonkeyPatch) -> Non
                 predicted = original(Config.from_name(name), precision, quantize, length, batch=batch, trains=trains)
                 assert predicted == pytest.approx(published, rel=limit), (name, precision, quantize, batch, trains)
     sys.modules.pop("published_memory")
+
+
+def test_inference_is_planned_for_a_cpu_too() -> None:
+    """Whose bodies in C read numbers, which a plan's tensors lack."""
+    config = Config(n_layer=2, n_head=4, n_embd=32, block_size=256, vocab_size=100)
+    setting = memory.Setting(runtime.PRECISIONS["32-true"], lora=None, rows=(64,), device="cpu")
+    assert memory.plan_inference(config, setting, 10).total > 0

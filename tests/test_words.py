@@ -56,9 +56,18 @@ def change(file: Path, path: Sequence[str], value: object) -> str:
         (("model", "dropout"), 0.1),
         (("model", "end_of_word_suffix"), "</w>"),
         (("model", "vocab", "of\u2581the"), 511),
-        (("added_tokens",), [{"content": "of the", "id": 511}]),
+        (("added_tokens",), [{"content": "of the", "id": 511, "single_word": False}]),
+        (("added_tokens",), [{"content": " b", "id": 511, "single_word": True}]),
+        (("model", "vocab"), {"<unk>": 0, "a": 1}),  # a space would be unknown, and join others
         (("normalizer",), {"type": "Sequence", "normalizers": [{"type": "Strip"}]}),
         (("normalizer",), {"type": "Replace", "pattern": {"Regex": "\\s+"}, "content": " "}),
+        (("normalizer",), {"type": "Replace", "pattern": {"String": " "}, "content": "1"}),
+        (("pre_tokenizer",), {"type": "Metaspace", "replacement": "_", "prepend_scheme": "never"}),
+        (("pre_tokenizer",), {"type": "ByteLevel"}),  # behind sentencepiece's spaces
+        (
+            ("pre_tokenizer",),
+            {"type": "Split", "pattern": {"Regex": "\\p{L}+ ?"}, "behavior": "Isolated", "invert": False},
+        ),
         (("pre_tokenizer",), {"type": "Sequence", "pretokenizers": [{"type": "ByteLevel"}, {"type": "Unheard"}]}),
     ],
 )
@@ -66,6 +75,13 @@ def test_what_may_look_beyond_a_word_is_encoded_whole(path: Sequence[str], value
     file = STORIES / "tokenizer.json"
     assert words.may_cut(change(file, ("truncation",), None))
     assert not words.may_cut(change(file, path, value))
+
+
+def test_long_words_are_not_kept() -> None:
+    memory = Tokenizer(STORIES)._backend._words  # type: ignore[attr-defined]
+    texts = ["x" * n for n in (words.LONGEST, words.LONGEST + 1)]
+    assert memory._by_word(texts) == memory.whole(texts)
+    assert list(memory.first) == texts[:1]
 
 
 def test_an_encoding_that_differs_is_noticed() -> None:
