@@ -171,21 +171,26 @@ void dropout(long count, const void *x, void *y, long bf16, const int64_t *seed,
     }
 }
 
+static inline void softmax(float *a, long n) { /* in place */
+    float most = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : most)
+    for (long i = 0; i < n; i++) most = a[i] > most ? a[i] : most;
+    for (long i = 0; i < n; i++) a[i] = clamped_exp(a[i] - most);
+#pragma omp simd reduction(+ : sum)
+    for (long i = 0; i < n; i++) sum += a[i];
+    for (long i = 0; i < n; i++) a[i] *= 1.0f / sum;
+}
+
 /* In place: the softmax of scale * scores (rows, keys), where the row-th query, counted modulo `queries`, sees the keys up
    to place `start` + its own; 0 for the others. */
 void causal_softmax(long rows, long keys, long queries, long start, float scale, void *scores, long bf16, long threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * keys > SMALL)
     for (long row = 0; row < rows; row++) {
         long seen = start + row % queries + 1;
-        float a[keys], most = -INFINITY, sum = 0;
+        float a[keys];
         load(a, scores, bf16, row * keys, seen);
         for (long i = 0; i < seen; i++) a[i] *= scale;
-#pragma omp simd reduction(max : most)
-        for (long i = 0; i < seen; i++) most = a[i] > most ? a[i] : most;
-        for (long i = 0; i < seen; i++) a[i] = clamped_exp(a[i] - most);
-#pragma omp simd reduction(+ : sum)
-        for (long i = 0; i < seen; i++) sum += a[i];
-        for (long i = 0; i < seen; i++) a[i] *= 1.0f / sum;
+        softmax(a, seen);
         for (long i = seen; i < keys; i++) a[i] = 0;
         store(scores, bf16, row * keys, a, keys);
     }
@@ -227,15 +232,7 @@ void attend_one(long batch, long heads, long groups, long size, long capacity, l
                 weights[head * seen + s] = dot * scale;
             }
         }
-        for (long head = 0; head < n; head++) {
-            float *w = weights + head * seen, most = -INFINITY, sum = 0;
-#pragma omp simd reduction(max : most)
-            for (long s = 0; s < seen; s++) most = w[s] > most ? w[s] : most;
-            for (long s = 0; s < seen; s++) w[s] = clamped_exp(w[s] - most);
-#pragma omp simd reduction(+ : sum)
-            for (long s = 0; s < seen; s++) sum += w[s];
-            for (long s = 0; s < seen; s++) w[s] *= 1.0f / sum;
-        }
+        for (long head = 0; head < n; head++) softmax(weights + head * seen, seen);
         memset(a, 0, sizeof a);
         for (long s = 0; s < seen; s++) {
             load(b, values, bf16, (begin + s) * size, size);

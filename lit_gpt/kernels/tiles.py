@@ -20,10 +20,14 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
+def available() -> bool:
+    return _library() is not None
+
+
 def fits(n_tokens: int, weight: torch.Tensor) -> bool:
     """Whether the kernel is there, and made for so many tokens and a weight (out, in) of this shape."""
     n, k = weight.shape
-    return 0 < n_tokens <= MOST_TOKENS and n % 16 == 0 and k % 32 == 0 and _library() is not None
+    return 0 < n_tokens <= MOST_TOKENS and n % 16 == 0 and k % 32 == 0 and available()
 
 
 def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
