@@ -28,10 +28,10 @@ class FewTokensLinear(nn.Linear):
         n_tokens = x.numel() // self.in_features
         if x.dtype != self.weight.dtype or torch.is_grad_enabled():
             return super().forward(x)
-        if 0 < n_tokens <= few_tokens.MOST_TOKENS and few_tokens.available():
-            y = few_tokens.product(x.reshape(n_tokens, -1), self.weight)
-        elif tiles.fits(n_tokens, self.weight):
+        if n_tokens > 1 and tiles.fits(n_tokens, self.weight):
             y = tiles.product(x.reshape(n_tokens, -1), self.weight)
+        elif 0 < n_tokens <= few_tokens.MOST_TOKENS and few_tokens.available():
+            y = few_tokens.product(x.reshape(n_tokens, -1), self.weight)
         elif n_tokens == 1:
             y = torch.mv(self.weight, x.flatten())  # for which torch reads faster than for a matrix of one row
         else:
@@ -65,8 +65,8 @@ class FewTokensLinear4bit(nn.Module):
         return (y if layer.bias is None else y + layer.bias.to(dtype)).view(*x.shape[:-1], layer.out_features)
 
 
-class OneTokenBlock(nn.Module):
-    """A block of Llama's kind that takes one cached token through all its layers in one call.
+class DecodeBlock(nn.Module):
+    """A block of Llama's kind that takes one cached token of each sequence through all its layers in one call.
 
     Starting two dozen operators costs as much as reading a small model's weights. All else goes the usual way.
     """
@@ -85,10 +85,11 @@ class OneTokenBlock(nn.Module):
         super().__init__()
         self.block = block
         config = block.attn.config
-        weights = [_as_c(block.get_submodule(name)) for name in self.LAYERS]
+        layers: list[Any] = [block.get_submodule(name) for name in self.LAYERS]
         norms = [norm.data_ptr() for norm in _norms(block)]
         sizes = (config.n_head, config.n_query_groups, config.head_size)
-        self.as_c = few_tokens.Block(*weights, *norms, config.norm_eps, config.scale, *sizes)
+        self.as_c = few_tokens.Block(*map(_as_c, layers), *norms, config.norm_eps, config.scale, *sizes)
+        self.in_tiles = all(isinstance(layer, FewTokensLinear) and tiles.fits(2, layer.weight) for layer in layers)
 
     @staticmethod
     def fits(block: Block) -> bool:
@@ -102,7 +103,7 @@ class OneTokenBlock(nn.Module):
         usual &= all(change is None for change in unchanged) and config.rotates(attention.layer)
         if not (usual and few_tokens.available()):
             return False
-        layers: list[Any] = [block.get_submodule(name) for name in OneTokenBlock.LAYERS]
+        layers: list[Any] = [block.get_submodule(name) for name in DecodeBlock.LAYERS]
         return (
             len({type(layer) for layer in layers}) == 1
             and isinstance(layers[0], FewTokensLinear | FewTokensLinear4bit)
@@ -111,12 +112,15 @@ class OneTokenBlock(nn.Module):
         )
 
     def forward(self, x: torch.Tensor, rotations: Rotations, layout: Layout, cache: KVCache | None) -> torch.Tensor:
-        is_one = x.shape[:2] == (1, 1) and x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
-        if cache is None or cache.capacity > few_tokens.LONGEST or not is_one:
+        if cache is None or x.shape[1] != 1 or x.dtype != torch.bfloat16 or torch.is_grad_enabled():
             return self.block(x, rotations, layout, cache)
-        attention = self.block.attn
-        keys, values = cache.stores(attention.layer, (self.as_c.groups, self.as_c.size, self.as_c.size), x)
-        return few_tokens.one_token_block(self.as_c, x, *rotations[False], keys, values, cache.lengths[0])
+        heads, groups, size = self.as_c.heads, self.as_c.groups, self.as_c.size
+        keys, values = cache.stores(self.block.attn.layer, (groups, size, size), x)
+        if len(x) == 1 and cache.capacity <= few_tokens.LONGEST:
+            return few_tokens.block(self.as_c, x, *rotations[False], keys, values, cache.lengths[0])
+        if self.in_tiles and len(x) <= tiles.MOST_TOKENS and cache.capacity * heads // groups <= rows.WIDEST:
+            return tiles.block(self.as_c, x, *rotations[False], keys, values, layout.positions)
+        return self.block(x, rotations, layout, cache)
 
 
 def _norms(block: Block) -> list[nn.Parameter]:
@@ -152,8 +156,8 @@ def lay_out(model: nn.Module) -> None:
     )
     swap(
         model,
-        lambda name, module: isinstance(module, Block) and OneTokenBlock.fits(module),
-        lambda name, module: OneTokenBlock(module),  # type: ignore[arg-type]
+        lambda name, module: isinstance(module, Block) and DecodeBlock.fits(module),
+        lambda name, module: DecodeBlock(module),  # type: ignore[arg-type]
     )
     if not few_tokens.available():
         for module in model.modules():

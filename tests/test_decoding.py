@@ -149,17 +149,33 @@ def test_layers_take_no_tokens() -> None:
     ],
     ids=str,
 )
-def test_one_call_per_block_agrees_wherever_it_is_used(changes: dict) -> None:
+@pytest.mark.parametrize("prompts", [[[1, 2, 3]], [[1, 2, 3], [4, 5], [6, 7, 8]]], ids=["one", "batch"])
+def test_one_call_per_block_agrees_wherever_it_is_used(changes: dict, prompts: list[list[int]]) -> None:
     model = tiny(**changes)
-    usual = [decoding.OneTokenBlock.fits(block) for block in model.transformer.h]
+    usual = [decoding.DecodeBlock.fits(block) for block in model.transformer.h]
     assert usual == [False, False]  # before the layers are laid out
-    before = steps(model, [[1, 2, 3]])
+    before = steps(model, prompts)
     decoding.lay_out(model)
-    in_one = [isinstance(block, decoding.OneTokenBlock) for block in model.transformer.h]
+    in_one = [isinstance(block, decoding.DecodeBlock) for block in model.transformer.h]
     expected = {"sliding_layers": [False, True], "rope_layers": [False, True]}
     others = ("qkv_bias", "qk_norm", "norm_offset", "activation")
     assert in_one == expected.get(next(iter(changes)), [next(iter(changes)) not in others] * 2)
-    torch.testing.assert_close(steps(model, [[1, 2, 3]]), before, atol=0.03, rtol=0)
+    torch.testing.assert_close(steps(model, prompts), before, atol=0.03, rtol=0)
+
+
+@pytest.mark.skipif(not (tiles.available() and few_tokens.available()), reason="no matrix tiles, or no C compiler")
+def test_one_call_per_block_gives_the_numbers_of_its_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = tiny(), [[n] * (n % 7 + 1) for n in range(37)]
+    decoding.lay_out(model)
+    calls = []
+    in_one = tiles.block
+    monkeypatch.setattr(tiles, "block", lambda *told: calls.append(told) or in_one(*told))  # type: ignore[func-returns-value]
+    together = steps(model, prompts)
+    assert len(calls) == 3 * model.config.n_layer
+    for place, block in enumerate(model.transformer.h):
+        assert isinstance(block, decoding.DecodeBlock)
+        model.transformer.h[place] = block.block
+    assert torch.equal(steps(model, prompts), together)
 
 
 @needs_kernel

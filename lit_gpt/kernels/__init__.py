@@ -32,7 +32,8 @@ def compiled(name: str) -> ctypes.CDLL | None:
     """
     source, processor = Path(__file__).with_name(f"{name}.c"), torch.backends.cpu.get_cpu_capability()
     command = [*shlex.split(os.environ.get("CC") or "cc"), *FLAGS, *PROCESSORS.get(processor, [])]
-    told = " ".join((*command, platform.machine())).encode() + source.read_bytes()
+    sources = b"".join(path.read_bytes() for path in sorted(source.parent.glob("*.[ch]")))  # one may include another
+    told = " ".join((*command, platform.machine())).encode() + sources
     file = f"{name}-{hashlib.sha256(told).hexdigest()[:16]}.so"
     try:
         try:

@@ -9,6 +9,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "block.h"
+
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
 #define MOST 16    /* tokens times 4-bit weights */
 #define FOUR 4     /* tokens at a time, and rows */
@@ -127,20 +129,6 @@ TARGET void one_token_bf16(long n, long k, const uint16_t *x, const uint16_t *w,
 }
 
 /* One token through a whole block, since starting two dozen operators costs as much as a small model's weights do. */
-
-typedef struct {  /* a weight (n, k): bfloat16, or as for `few_tokens_4bit` where there are scales */
-    long n, k, block;
-    const void *numbers;
-    const float *scales;
-    const uint16_t *levels;
-} Weight;
-
-typedef struct {
-    Weight q, k, v, proj, gate, up, down;
-    const uint16_t *norm_1, *norm_2;  /* (q.k) */
-    float eps, scale;
-    long heads, groups, size;
-} Block;
 
 static inline float from_bf16(uint16_t value) {
     union { uint32_t u; float f; } bits = {(uint32_t)value << 16};

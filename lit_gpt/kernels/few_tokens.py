@@ -68,8 +68,8 @@ def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return y
 
 
-def one_token_block(
-    block: Block,
+def block(
+    as_c: Block,
     x: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
@@ -88,7 +88,7 @@ def one_token_block(
     x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
     y = torch.empty_like(x)
     library.one_token_block(
-        *(ctypes.addressof(block), x.data_ptr(), cos.data_ptr(), sin.data_ptr(), cos.shape[-1]),
+        *(ctypes.addressof(as_c), x.data_ptr(), cos.data_ptr(), sin.data_ptr(), cos.shape[-1]),
         *(keys.data_ptr(), values.data_ptr(), capacity, position, y.data_ptr(), torch.get_num_threads()),
     )
     return y

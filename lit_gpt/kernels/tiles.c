@@ -8,6 +8,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "block.h"
+#include "rows.c"
+
 #define TARGET __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512bf16")))
 #define SIDE 16 /* rows of a tile, and its 32-bit numbers across */
 #define DEEP 32 /* its bfloat16 numbers across */
@@ -18,28 +21,30 @@ static const struct {
     uint8_t rows[16];
 } SHAPES = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-/* y (m, n) = x (m, k) W^T; W (n, k), n a multiple of 16 and k of 32. Returns 0, or 1 if there is no memory. */
-TARGET int tiles_bf16(long m, long n, long k, const uint16_t *x, const uint16_t *w, uint16_t *y, long threads) {
-    long tall = (m + 2 * SIDE - 1) / (2 * SIDE) * 2 * SIDE; /* tiles of tokens are taken in twos */
-    uint32_t *tokens = calloc(tall * k, sizeof(uint16_t));
-    if (!tokens) return 1;
+/* The tokens x (m, k) in tiles of 16 and 32 numbers: pairs of neighbours (16), tokens (16), 2; two tiles of tokens at least. */
+static long room_of_tiles(long m, long k) { return (m + 2 * SIDE - 1) / (2 * SIDE) * 2 * SIDE * k * sizeof(uint16_t); }
+
+static void in_tiles(long m, long k, const uint16_t *x, uint32_t *tiles, long threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long at = 0; at < k; at += DEEP)
+        for (long t = 0; t < m; t++)
+            for (long i = 0; i < DEEP; i += 2)
+                memcpy(tiles + (t / SIDE * (k / 2) + (at + i) / 2) * SIDE + t % SIDE, x + t * k + at + i, 4);
+}
+
+/* y (m, n) = x (m, k) W^T, of x in tiles, whose tokens beyond m may be anything; W (n, k). */
+TARGET static void times_tiles(long m, long n, long k, const uint32_t *tiles, const uint16_t *w, uint16_t *y, long threads) {
     __m512i line = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     __m512i down = _mm512_mullo_epi32(line, _mm512_set1_epi32(SIDE));
 #pragma omp parallel num_threads(threads)
     {
         float sums[2][2][SIDE][SIDE];
-        /* Tiles of 16 tokens and 32 numbers: pairs of neighbours (16), tokens (16), 2. Tokens that are not there are 0. */
-#pragma omp for schedule(static)
-        for (long at = 0; at < k; at += DEEP)
-            for (long t = 0; t < m; t++)
-                for (long i = 0; i < DEEP; i += 2)
-                    memcpy(tokens + (t / SIDE * (k / 2) + (at + i) / 2) * SIDE + t % SIDE, x + t * k + at + i, 4);
         _tile_loadconfig(&SHAPES);
 #pragma omp for schedule(static)
         for (long r = 0; r < n; r += 2 * SIDE) {
             const uint16_t *upper = w + r * k, *lower = r + SIDE < n ? upper + SIDE * k : upper;
             for (long t = 0; t < m; t += 2 * SIDE) {
-                const uint32_t *left = tokens + t * (k / 2), *right = left + SIDE * (k / 2);
+                const uint32_t *left = tiles + t * (k / 2), *right = left + SIDE * (k / 2);
                 int wide = m - t > SIDE;
                 _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
                 for (long at = 0; at < k; at += DEEP) {
@@ -65,6 +70,66 @@ TARGET int tiles_bf16(long m, long n, long k, const uint16_t *x, const uint16_t 
         }
         _tile_release();
     }
-    free(tokens);
+}
+
+/* y (m, n) = x (m, k) W^T; W (n, k), n a multiple of 16 and k of 32. Returns 0, or 1 if there is no memory. */
+int tiles_bf16(long m, long n, long k, const uint16_t *x, const uint16_t *w, uint16_t *y, long threads) {
+    uint32_t *tiles = malloc(room_of_tiles(m, k));
+    if (!tiles) return 1;
+    in_tiles(m, k, x, tiles, threads);
+    times_tiles(m, n, k, tiles, w, y, threads);
+    free(tiles);
+    return 0;
+}
+
+static void add(long count, const uint16_t *x, const uint16_t *more, uint16_t *y) {
+    for (long at = 0; at < count; at += PIECE) {
+        long n = count - at < PIECE ? count - at : PIECE;
+        float a[PIECE], b[PIECE];
+        load(a, x, 1, at, n);
+        load(b, more, 1, at, n);
+        for (long i = 0; i < n; i++) a[i] += b[i];
+        store(y, 1, at, a, n);
+    }
+}
+
+/* y (m, q.k) is x (m, q.k) after the block: a token for each of m sequences, whose key and value are stored at its `place`
+   (m) of keys and values (m, groups, capacity, size). cos and sin (m, n) are their angles. The numbers are those of the
+   operators one by one. Returns 0, or 1 if there is no memory. */
+int tiles_block(const Block *b, long m, const uint16_t *x, const uint16_t *cos, const uint16_t *sin, long n,
+                uint16_t *keys, uint16_t *values, long capacity, const int64_t *place, uint16_t *y, long threads) {
+    long width = b->q.k, wide = b->q.n, narrow = b->k.n, inner = b->gate.n, size = b->size;
+    long widest = width > wide ? width : wide;
+    widest = widest > inner ? widest : inner;
+    uint32_t *tiles = malloc(room_of_tiles(m, widest) + m * (2 * width + wide + 2 * narrow + 2 * inner) * sizeof(uint16_t));
+    if (!tiles) return 1;
+    uint16_t *state = (uint16_t *)tiles + room_of_tiles(m, widest) / sizeof(uint16_t), *part = state + m * width;
+    uint16_t *q = part + m * width, *k = q + m * wide, *v = k + m * narrow, *gate = v + m * narrow, *up = gate + m * inner;
+
+    rms_norm(m, width, x, 1, b->norm_1, 1, b->eps, part, 1, NULL, threads);
+    in_tiles(m, width, part, tiles, threads);
+    times_tiles(m, wide, width, tiles, b->q.numbers, q, threads);
+    times_tiles(m, narrow, width, tiles, b->k.numbers, k, threads);
+    times_tiles(m, narrow, width, tiles, b->v.numbers, v, threads);
+    rotate(m, b->heads, size, n, m, q, cos, sin, 1, q, 1, threads);
+    rotate(m, b->groups, size, n, m, k, cos, sin, 1, k, 1, threads);
+    for (long row = 0; row < m * b->groups; row++) {
+        long to = (row * capacity + place[row / b->groups]) * size;
+        memcpy(keys + to, k + row * size, size * sizeof(uint16_t));
+        memcpy(values + to, v + row * size, size * sizeof(uint16_t));
+    }
+    attend_one(m, b->heads, b->groups, size, capacity, capacity, b->scale, q, keys, values, place, q, 1, threads);
+    in_tiles(m, wide, q, tiles, threads);
+    times_tiles(m, width, wide, tiles, b->proj.numbers, part, threads);
+    add(m * width, x, part, state);
+    rms_norm(m, width, state, 1, b->norm_2, 1, b->eps, part, 1, NULL, threads);
+    in_tiles(m, width, part, tiles, threads);
+    times_tiles(m, inner, width, tiles, b->gate.numbers, gate, threads);
+    times_tiles(m, inner, width, tiles, b->up.numbers, up, threads);
+    gated_silu(m * inner, gate, up, gate, 1, threads);
+    in_tiles(m, inner, gate, tiles, threads);
+    times_tiles(m, width, inner, tiles, b->down.numbers, part, threads);
+    add(m * width, state, part, y);
+    free(tiles);
     return 0;
 }
