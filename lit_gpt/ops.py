@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from lit_gpt.kernels import attention as fused
 from lit_gpt.kernels import rows
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -285,21 +286,25 @@ def attention(
 
     `window` positions are visible, the token's own included; `softcap` bounds the scores, c * tanh(s / c).
     """
+    alike = softcap is None and k.dtype == v.dtype == q.dtype and k.shape == v.shape
     # Torch's fused attention is as fast where it needs no mask.
-    one = layout.cached and layout.ragged and q.shape[2] == 1 and softcap is None and not torch.is_grad_enabled()
-    alike = k.dtype == v.dtype == q.dtype and k.shape == v.shape
+    one = layout.cached and layout.ragged and q.shape[2] == 1 and not torch.is_grad_enabled()
     if one and alike and in_c(q) and k.shape[2] * q.shape[1] // k.shape[1] <= rows.WIDEST:
         return rows.attend_one(q, k, v, layout.positions, scale, window)
     if layout.cached and q.shape[2] != k.shape[2]:
         return _masked(q, k, v, scale, layout.beyond(window), softcap)
     lengths = list(layout.lengths or (q.shape[2],))
+    slides = window is not None and window < max(lengths)
+    in_one = alike and min(lengths) > 0 and in_c(q) and fused.available()
     if layout.branches is not None:
+        if in_one and not slides and not torch.is_grad_enabled():
+            return fused.attention(q, k, v, lengths, scale, None, layout.branches)
         each = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), layout.apart(window), strict=True)
         return _end_to_end([_masked(q, k, v, scale, hidden, softcap) for q, k, v, hidden in each])
-    slides = window is not None and window < max(lengths)
     on_cpu = _device(q) == "cpu" and not torch.compiler.is_compiling()
-    if softcap is None and not slides and on_cpu and min(*lengths, q.numel()):  # its kernel cannot do without tokens
-        y: torch.Tensor = _CPUAttention.apply(q, k, v, scale, layout)
+    # Torch's kernel cannot do without tokens.
+    if in_one or (softcap is None and not slides and on_cpu and min(*lengths, q.numel())):
+        y: torch.Tensor = _CPUAttention.apply(q, k, v, scale, window if slides else None, layout)
         return y
     if layout.lengths is None:
         return _causal(q, k, v, scale, window, softcap)
@@ -348,27 +353,39 @@ def causal_softmax_backward(grad: torch.Tensor, weights: torch.Tensor, queries: 
 
 
 class _CPUAttention(torch.autograd.Function):
-    """Causal attention by torch's fused kernel, with a way back of our own, which takes a third of its time.
+    """Causal attention that keeps no weights: they are made again on the way back. Rows do not see one another.
 
-    The weights are not kept but made again, for a block of queries at a time with no more keys than they may see.
-    Rows of `layout.lengths` lie end to end and do not see one another.
+    In C where that is faster. Elsewhere by torch's fused kernel, whose own way back takes three times as long as ours,
+    which goes through a block of queries at a time with no more keys than they may see.
     """
 
     BLOCK = 256  # queries; smaller blocks skip more of what is hidden and start more operators
+    LONGEST, LONGEST_BACK = (
+        256,
+        1024,
+    )  # tokens of a row up to which C is faster in bfloat16, for which torch may use tiles
 
     @staticmethod
-    def forward(ctx, q, k, v, scale, layout):
-        lengths = list(layout.lengths or (q.shape[2],))
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        parts = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
-        outs = [fused(*part, 0.0, True, scale=scale)[0] for part in parts]
+    def in_c(q, window, lengths, longest):
+        return in_c(q) and fused.available() and (window or q.dtype == torch.float32 or max(lengths) <= longest)
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale, window, layout):
         ctx.save_for_backward(q, k, v)
-        ctx.scale, ctx.layout = scale, layout
-        return _end_to_end(outs)
+        ctx.scale, ctx.window, ctx.layout = scale, window, layout
+        ctx.lengths = layout.lengths or (q.shape[2],) * q.shape[0]
+        if _CPUAttention.in_c(q, window, ctx.lengths, _CPUAttention.LONGEST):
+            return fused.attention(q, k, v, ctx.lengths, scale, window, None)
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        lengths = list(layout.lengths or (q.shape[2],))
+        parts = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
+        return _end_to_end([kernel(*part, 0.0, True, scale=scale)[0] for part in parts])
 
     @staticmethod
     def backward(ctx, grad):
         q, k, v = ctx.saved_tensors
+        if _CPUAttention.in_c(q, ctx.window, ctx.lengths, _CPUAttention.LONGEST_BACK):
+            return *fused.attention_backward(grad, q, k, v, ctx.lengths, ctx.scale, ctx.window), None, None, None
         batch, heads, n, size = q.shape
         groups = k.shape[1]
         dq, dk, dv = (x.new_empty(batch, n, x.shape[1], size).transpose(1, 2) for x in (q, k, v))
@@ -392,7 +409,7 @@ class _CPUAttention(torch.autograd.Function):
                     d_values[:, :stop] += more_values
             dk[row, :, begin : begin + length] = d_keys
             dv[row, :, begin : begin + length] = d_values
-        return dq, dk, dv, None, None
+        return dq, dk, dv, None, None, None
 
 
 def _masked(

@@ -64,14 +64,18 @@ def test_rotation(share: int, dtype: torch.dtype) -> None:
     both(lambda x: ops.rotate(x, cos, sin), lambda x: ops.rotate_reference(x, cos, sin), x)
 
 
-def reference_attention(lengths, scale):
-    """Row by row in float64, with the definition written out."""
+def reference_attention(lengths, scale, window=None, branch=None):
+    """Row by row in float64, with the definition written out; `branch` is a number for each token of one row."""
 
     def attend(q, k, v):
         out = []
         for a, b, c in zip(*(x.double().split(list(lengths), dim=2) for x in (q, k, v)), strict=True):
             keys, values = (x.repeat_interleave(a.shape[1] // x.shape[1], dim=1) for x in (b, c))
             hidden = torch.ones(a.shape[2], a.shape[2], dtype=torch.bool).triu(1)
+            if window is not None:
+                hidden |= torch.ones_like(hidden).tril(-window)
+            if branch is not None:
+                hidden |= (branch != 0) & (branch != branch[:, None])
             out.append((a @ keys.mT * scale).masked_fill(hidden, float("-inf")).softmax(-1) @ values)
         return torch.cat(out, dim=2)
 
@@ -85,7 +89,7 @@ def test_attention_in_blocks(lengths: tuple[int, ...], groups: int) -> None:
     q, k, v = (torch.randn(1, sum(lengths), n, 16).transpose(1, 2) for n in (6, groups, groups))
 
     def fast(q, k, v):
-        return ops._CPUAttention.apply(q, k, v, 0.3, layout)
+        return ops._CPUAttention.apply(q, k, v, 0.3, None, layout)
 
     def through_ops(q, k, v):
         return ops.attention(q, k, v, scale=0.3, layout=layout)
@@ -96,6 +100,42 @@ def test_attention_in_blocks(lengths: tuple[int, ...], groups: int) -> None:
     half = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
     both(through_ops, lambda *a: reference(*a).bfloat16(), *half)
     assert "CPUAttention" in type(through_ops(*half).grad_fn).__name__  # so it was the fast body that was tested
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [24, 64, 80])  # of a head: less than two vectors, whole ones, more
+@pytest.mark.parametrize("window", [2, 7, 32, 33])
+def test_attention_within_a_window(window: int, size: int, dtype: torch.dtype) -> None:
+    lengths = (5, 32, 70, 1)
+    layout = Layout.of(torch.zeros(1, sum(lengths), dtype=torch.long), lengths)
+    q, k, v = (torch.randn(1, sum(lengths), n, size, dtype=dtype).transpose(1, 2).requires_grad_() for n in (4, 2, 2))
+    reference = reference_attention(lengths, 0.3, window)
+    both(
+        lambda *a: ops.attention(*a, scale=0.3, layout=layout, window=window),
+        lambda *a: reference(*a).to(dtype),
+        *(q, k, v),
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_of_branches(dtype: torch.dtype) -> None:
+    branch = torch.tensor([0] * 37 + [1] * 5 + [2] + [3] * 40)
+    q, k, v = (torch.randn(1, 2 * 83, n, 16, dtype=dtype).transpose(1, 2) for n in (4, 2, 2))
+    positions = torch.arange(83).repeat(2)[
+        None
+    ]  # any will do where there is no window, and those of branches are in order
+    ours = ops.attention(q, k, v, scale=0.3, layout=Layout(positions, 83, (83, 83), branch.repeat(2)[None]))
+    expected = reference_attention((83, 83), 0.3, branch=branch)(q, k, v)
+    assert (ours - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
+
+
+def test_attention_of_long_rows_in_bfloat16() -> None:
+    lengths = (ops._CPUAttention.LONGEST_BACK + 7,)
+    layout = Layout.of(torch.zeros(1, *lengths, dtype=torch.long))
+    q, k, v = (torch.randn(1, *lengths, n, 16).bfloat16().transpose(1, 2).requires_grad_() for n in (2, 1, 1))
+    reference = reference_attention(lengths, 0.3)
+    both(lambda *a: ops.attention(*a, scale=0.3, layout=layout), lambda *a: reference(*a).bfloat16(), q, k, v)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -223,7 +263,7 @@ def test_attention_in_blocks_of_a_padded_batch() -> None:
     layout = Layout.of(torch.zeros(2, 270, dtype=torch.long))
     q, k, v = (torch.randn(2, 270, n, 16).transpose(1, 2).requires_grad_() for n in (4, 2, 2))
     both(
-        lambda *a: ops._CPUAttention.apply(*a, 0.25, layout),
+        lambda *a: ops._CPUAttention.apply(*a, 0.25, None, layout),
         lambda *a: reference_attention((270,), 0.25)(*a).float(),
         *(q, k, v),
     )

@@ -10,16 +10,18 @@ import shlex
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
+from torch._subclasses import FakeTensor
 
 # What the compiler may use of the processor: what torch's own kernels use of it.
 PROCESSORS = {
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
     "AVX2": ["-mavx2", "-mfma"],
 }
+TYPES = {"l": ctypes.c_long, "f": ctypes.c_float, "p": ctypes.c_void_p}
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-fopenmp"]
 
 
@@ -63,3 +65,34 @@ def _made(command: Sequence[str], source: Path, library: Path) -> ctypes.CDLL:
         subprocess.run([*command, "-o", out, source, "-lm"], check=True, capture_output=True)
         out.replace(library)
     return ctypes.CDLL(str(library))
+
+
+class Functions:
+    """The functions of a C file, called with tensors.
+
+    `kinds` tells of each function's arguments: l a whole number, f a fraction, p a tensor's numbers, or none. The
+    number of threads is added.
+    """
+
+    def __init__(self, name: str, kinds: dict[str, str]):
+        self.name, self.kinds = name, kinds
+
+    @cached_property
+    def library(self) -> ctypes.CDLL | None:
+        library = compiled(self.name)
+        for name, kinds in self.kinds.items() if library is not None else ():
+            function = getattr(library, name)
+            function.argtypes, function.restype = [TYPES[kind] for kind in (*kinds, "l")], None
+        return library
+
+    def call(self, name: str, *arguments: torch.Tensor | float | None) -> None:
+        """Nothing happens to the planner's tensors, which have no numbers."""
+        passed: list[float | None] = []
+        for argument in arguments:
+            if isinstance(argument, FakeTensor):
+                return
+            if isinstance(argument, torch.Tensor):
+                assert argument.is_contiguous()
+                argument = argument.data_ptr()
+            passed.append(argument)
+        getattr(self.library, name)(*passed, torch.get_num_threads())

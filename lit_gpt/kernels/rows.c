@@ -4,57 +4,9 @@
    Every row is one thread's from beginning to end, so that results do not depend on the number of threads. Plain loops:
    the compiler makes vectors of them for whatever processor it is told. */
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "numbers.h"
 
-#define PIECE 1024 /* numbers that are widened at a time: they stay in the nearest cache */
 #define SMALL 16384 /* numbers that are not worth a second thread */
-
-static inline float as_float(uint32_t bits) {
-    float f;
-    memcpy(&f, &bits, 4);
-    return f;
-}
-
-static inline uint32_t as_bits(float f) {
-    uint32_t bits;
-    memcpy(&bits, &f, 4);
-    return bits;
-}
-
-static void load(float *to, const void *from, long bf16, long at, long n) {
-    if (bf16)
-        for (long i = 0; i < n; i++) to[i] = as_float((uint32_t)((const uint16_t *)from)[at + i] << 16);
-    else
-        memcpy(to, (const float *)from + at, n * sizeof(float));
-}
-
-static void store(void *to, long bf16, long at, const float *from, long n) { /* to the nearest, ties to even */
-    if (bf16)
-        for (long i = 0; i < n; i++) {
-            uint32_t bits = as_bits(from[i]);
-            uint16_t rounded = (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-            ((uint16_t *)to)[at + i] = from[i] == from[i] ? rounded : 0x7fc0;
-        }
-    else
-        memcpy((float *)to + at, from, n * sizeof(float));
-}
-
-static inline float clamped_exp(float x) { /* within 2 units in the last place for x in [-87, 88] */
-    x = x < -87.0f ? -87.0f : x > 89.0f ? 89.0f : x; /* NaN stays NaN, and 89 becomes infinity */
-    float k = (x * 1.44269504f + 12582912.0f) - 12582912.0f; /* the nearest whole number */
-    float r = (x - k * 0.693359375f) + k * 2.12194440e-4f;    /* x - k log 2, whose first part is exact */
-    float p = 1.0f / 5040;
-    p = p * r + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    return p * as_float((uint32_t)((int32_t)k + 127) << 23);
-}
 
 /* y = x / rms(x) * w; `scale` (rows) gets 1 / rms(x) unless it is null. */
 void rms_norm(long rows, long n, const void *x, long x_bf16, const void *w, long w_bf16, float eps, void *y, long y_bf16,

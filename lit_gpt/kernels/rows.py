@@ -3,56 +3,33 @@
 For float32 and bfloat16 on a CPU, where `available`. What they compute is said by their plain twins in `ops`.
 """
 
-import ctypes
-from functools import cache
-
 import torch
 from torch._subclasses import FakeTensor
 
-from lit_gpt.kernels import compiled
+from lit_gpt.kernels import Functions
 
 DTYPES = (torch.float32, torch.bfloat16)
 WIDEST = 2**17  # numbers of a row of a norm or a softmax, which a thread's stack holds
-ARGUMENTS = {  # l: a whole number, f: a fraction, p: a tensor's numbers, or none; the number of threads is added
-    "rms_norm": "llplplfplp",
-    "rms_norm_backward": "llplplplpp",
-    "gated_silu": "lpppl",
-    "gated_silu_backward": "lpppppl",
-    "rotate": "lllllpppfpl",
-    "dropout": "lpplpl",
-    "causal_softmax": "llllfpl",
-    "causal_softmax_backward": "llllfppl",
-    "attend_one": "llllllfpppppl",
-    "cross_entropy": "llplppp",
-}
-TYPES = {"l": ctypes.c_long, "f": ctypes.c_float, "p": ctypes.c_void_p}
-
-
-@cache
-def _library() -> ctypes.CDLL | None:
-    library = compiled("rows")
-    if library is not None:
-        for name, kinds in ARGUMENTS.items():
-            function = getattr(library, name)
-            function.argtypes, function.restype = [TYPES[kind] for kind in (*kinds, "l")], None
-    return library
+_FUNCTIONS = Functions(
+    "rows",
+    {
+        "rms_norm": "llplplfplp",
+        "rms_norm_backward": "llplplplpp",
+        "gated_silu": "lpppl",
+        "gated_silu_backward": "lpppppl",
+        "rotate": "lllllpppfpl",
+        "dropout": "lpplpl",
+        "causal_softmax": "llllfpl",
+        "causal_softmax_backward": "llllfppl",
+        "attend_one": "llllllfpppppl",
+        "cross_entropy": "llplppp",
+    },
+)
+_call = _FUNCTIONS.call
 
 
 def available() -> bool:
-    return _library() is not None
-
-
-def _call(name: str, *arguments: torch.Tensor | float | None) -> None:
-    """Nothing happens to the planner's tensors, which have no numbers."""
-    passed: list[float | None] = []
-    for argument in arguments:
-        if isinstance(argument, FakeTensor):
-            return
-        if isinstance(argument, torch.Tensor):
-            assert argument.is_contiguous()
-            argument = argument.data_ptr()
-        passed.append(argument)
-    getattr(_library(), name)(*passed, torch.get_num_threads())
+    return _FUNCTIONS.library is not None
 
 
 def _alike(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
