@@ -8,10 +8,10 @@ import hashlib
 import json
 import math
 import zipfile
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ import torch
 
 from lit_gpt import checkpoint, files
 from lit_gpt.model import IGNORE_INDEX
-from lit_gpt.prompts import get_style
+from lit_gpt.prompts import Style, get_style
 from lit_gpt.tokenizer import Tokenizer
+from lit_gpt.workers import shared_out
 
 TRAIN, TEST, META = "train.pt", "test.pt", "meta.json"
 AT_ONCE = 4096  # rows in one call of the tokenizer's library, which spreads them over the cores
+ID_BYTES = 4  # of an int32
 Record = dict[str, str]
 
 
@@ -38,7 +40,7 @@ def read_records(path: Path) -> list[Record]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no UTF-8 text: {error}") from error
     rows: Iterable[Any]
@@ -111,41 +113,72 @@ class Encoded:
 
 
 def encode(
-    records: Sequence[Record],
+    sets: Sequence[Sequence[Record]],
     tokenizer: Tokenizer,
     style: str,
     max_length: int,
-    progress: Callable[[int], None] = lambda done: None,
-) -> Encoded:
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Encoded]:
     """Tokenise every prompt, and every answer followed by the end-of-text token, thousands in one call.
 
     A row longer than `max_length` keeps its end-of-text token and loses the end of its answer; one whose prompt leaves
-    no room for an answer is refused by ValueError with its number. `progress` hears the rows done so far.
+    no room for an answer is refused by ValueError with its number. `progress` hears the rows done and those to do.
     """
-    render = get_style(style)
-    tokens, lengths, prompt_lengths, n_truncated = [], [0], [], 0
-    for start in range(0, len(records), AT_ONCE):
-        part = records[start : start + AT_ONCE]
-        prompts = tokenizer.encode_batch([render(record["instruction"], record["input"]) for record in part])
-        answers = tokenizer.encode_batch([record["output"] for record in part], bos=False, eos=True)
-        flat: list[int] = []
-        for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), start=start + 1):
-            if len(prompt) + len(answer) > max_length:
-                if len(prompt) + 2 > max_length:
-                    begins = records[number - 1]["instruction"][:60]
-                    raise ValueError(
-                        f"row {number}: the prompt alone has {len(prompt)} tokens and {max_length} are allowed; "
-                        f"shorten it or raise --max_seq_length (it begins {begins!r})"
-                    )
-                n_truncated += 1
-                answer = answer[: max_length - len(prompt) - 1] + answer[-1:]
-            flat += prompt + answer
-            lengths.append(len(prompt) + len(answer))
-            prompt_lengths.append(len(prompt))
-        tokens.append(torch.frombuffer(array("i", flat), dtype=torch.int32))
-        progress(start + len(part))
-    counts = torch.tensor(prompt_lengths, dtype=torch.int32)
-    return Encoded(torch.cat(tokens), torch.tensor(lengths).cumsum(0), counts, n_truncated)
+    places = [(number, start) for number, records in enumerate(sets) for start in range(0, len(records), AT_ONCE)]
+    parts: list[list[_Some]] = [[] for _ in sets]
+    done, total = 0, sum(map(len, sets))
+    some = partial(_encode_some, sets, tokenizer, get_style(style), max_length)
+    for (number, _), part in zip(places, shared_out(some, places), strict=True):
+        parts[number].append(part)
+        done += len(part.lengths)
+        progress(done, total)
+    return [
+        Encoded(
+            torch.cat([torch.frombuffer(part.tokens, dtype=torch.int32) for part in each]),
+            torch.tensor([0, *chain.from_iterable(part.lengths for part in each)]).cumsum(0),
+            torch.tensor([*chain.from_iterable(part.prompt_lengths for part in each)], dtype=torch.int32),
+            sum(part.n_truncated for part in each),
+        )
+        for each in parts
+    ]
+
+
+@dataclass
+class _Some:
+    """Some rows, as a process tells them to another."""
+
+    tokens: bytearray  # of int32
+    lengths: list[int]
+    prompt_lengths: list[int]
+    n_truncated: int
+
+
+def _encode_some(
+    sets: Sequence[Sequence[Record]], tokenizer: Tokenizer, render: Style, max_length: int, place: tuple[int, int]
+) -> _Some:
+    """Of a set the `AT_ONCE` rows from a place on."""
+    number, start = place
+    tokens, lengths, prompt_lengths, n_truncated = bytearray(), [], [], 0
+    part = sets[number][start : start + AT_ONCE]
+    prompts = tokenizer.encode_packed([render(record["instruction"], record["input"]) for record in part])
+    answers = tokenizer.encode_packed([record["output"] for record in part], bos=False, eos=True)
+    for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), start=start + 1):
+        n_prompt, n_answer = len(prompt) // ID_BYTES, len(answer) // ID_BYTES
+        if n_prompt + n_answer > max_length:
+            if n_prompt + 2 > max_length:
+                begins = part[number - start - 1]["instruction"][:60]
+                raise ValueError(
+                    f"row {number}: the prompt alone has {n_prompt} tokens and {max_length} are allowed; "
+                    f"shorten it or raise --max_seq_length (it begins {begins!r})"
+                )
+            n_truncated += 1
+            n_answer = max_length - n_prompt
+            answer = answer[: (n_answer - 1) * ID_BYTES] + answer[-ID_BYTES:]
+        tokens += prompt
+        tokens += answer
+        lengths.append(n_prompt + n_answer)
+        prompt_lengths.append(n_prompt)
+    return _Some(tokens, lengths, prompt_lengths, n_truncated)
 
 
 def prepare(
@@ -166,11 +199,8 @@ def prepare(
     config = checkpoint.load_config(checkpoint_dir)
     tokenizer = Tokenizer(checkpoint_dir)
     max_length = min(max_seq_length or config.block_size, config.block_size)
-    parts, before = {}, 0
-    for name, records in ((TRAIN, train), (TEST, test)):
-        hears = partial(lambda before, done: progress(before + done, len(train) + len(test)), before)
-        parts[name] = encode(records, tokenizer, style, max_length, hears)
-        before += len(records)
+    encoded = encode([train, test], tokenizer, style, max_length, progress)
+    parts = dict(zip((TRAIN, TEST), encoded, strict=True))
     meta: dict[str, Any] = {
         "prompt_style": style,
         "mask_inputs": mask_inputs,

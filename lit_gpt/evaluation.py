@@ -1,7 +1,7 @@
 """A model behind lm-eval's interface: base, merged, or base with an adapter run unmerged. Needs lm-eval installed."""
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,20 @@ def _row_length(item: Sequence[Request]) -> int:
     return len(item[0][1]) + sum(len(wanted) - 1 for _, _, wanted in item)
 
 
+def _batches(items: Iterable[tuple[int, list[int]]], most: int) -> Iterator[list[list[int]]]:
+    """The items, told with their tokens, in batches of `most` tokens together, or of one item that has more."""
+    batch: list[list[int]] = []
+    total = 0
+    for n_tokens, item in items:
+        if batch and total + n_tokens > most:
+            yield batch
+            batch, total = [], 0
+        batch.append(item)
+        total += n_tokens
+    if batch:
+        yield batch
+
+
 class LitGPT(TemplateLM):
     """lm-eval's three kinds of request on our model, batched; scores are those of lm-eval's own HF model."""
 
@@ -85,11 +99,12 @@ class LitGPT(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """For each request the log probability of its continuation, and whether it is the likeliest one."""
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        order = sorted(self._items(requests), key=lambda item: -_row_length([requests[i] for i in item]))
+        items = [(_row_length([requests[i] for i in item]), item) for item in self._items(requests)]
+        items.sort(key=lambda sized: -sized[0])
+        most = self.batch_size * items[0][0] if items else 0  # tokens: as many rows of the longest kind are held anyway
         done = 0
         with Progress("scoring", len(requests), enabled=not disable_tqdm) as progress:
-            for start in range(0, len(order), self.batch_size):
-                chosen = order[start : start + self.batch_size]
+            for chosen in _batches(items, most):
                 with self.assistant.autocast():
                     scores = self._score([[requests[i] for i in item] for item in chosen])
                 for index, score in zip((i for item in chosen for i in item), scores, strict=True):

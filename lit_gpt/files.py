@@ -446,7 +446,7 @@ def read_text(path: Path) -> str:
 
 def is_text(value: str) -> bool:
     """Whether it can be written as UTF-8: JSON can spell half of a character, such as \\ud83d alone."""
-    return not SURROGATE.search(value)
+    return value.isascii() or not SURROGATE.search(value)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -24,11 +25,11 @@ BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # one byte of a character that h
 
 
 class Backend(Protocol):
-    """What the two libraries have in common. `encode` adds no BOS or EOS."""
+    """What the two libraries have in common. `encode` adds no BOS or EOS; see `packed`."""
 
     vocab_size: int
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def encode(self, texts: Sequence[str]) -> list[bytes]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
     def to_id(self, token: str) -> int | None: ...
     def has(self, index: int) -> bool: ...
@@ -98,10 +99,14 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], *, bos: bool | None = None, eos: bool = False) -> list[list[int]]:
         """Ids of many texts in one call of the library. Raises ValueError if an EOS is asked for that is not known."""
+        return [array("i", ids).tolist() for ids in self.encode_packed(texts, bos=bos, eos=eos)]
+
+    def encode_packed(self, texts: Sequence[str], *, bos: bool | None = None, eos: bool = False) -> list[bytes]:
+        """As `encode_batch`, each text's ids as the bytes of int32 numbers, a tenth of what Python's numbers take."""
         if eos and self.eos_id is None:
             raise ValueError("this tokenizer has no end-of-text token; name one as eos_token in tokenizer_config.json")
-        first = [self.bos_id] if (self.use_bos if bos is None else bos) and self.bos_id is not None else []
-        last = [self.eos_id] if eos and self.eos_id is not None else []
+        first = packed([self.bos_id] if (self.use_bos if bos is None else bos) and self.bos_id is not None else [])
+        last = packed([self.eos_id] if eos and self.eos_id is not None else [])
         return [first + ids + last for ids in self._backend.encode(texts)]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
@@ -131,6 +136,11 @@ class Tokenizer:
             yield rest
 
 
+def packed(ids: Iterable[int]) -> bytes:
+    """Ids as the bytes of int32 numbers."""
+    return array("i", ids).tobytes()
+
+
 class _Fast:
     """A tokenizer.json."""
 
@@ -142,11 +152,12 @@ class _Fast:
         self.library.no_padding()
         self.vocab_size = self.library.get_vocab_size(with_added_tokens=True)
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode(self, texts: Sequence[str]) -> list[bytes]:
         return self._whole(texts) if len(texts) < MANY else self._words.encode(texts)
 
-    def _whole(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.library.encode_batch_fast(list(texts), add_special_tokens=False)]
+    def _whole(self, texts: Sequence[str]) -> list[bytes]:
+        encodings = self.library.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [packed(encoding.ids) for encoding in encodings]
 
     @cached_property
     def _words(self) -> Words:
@@ -189,10 +200,9 @@ class _SentencePiece:
         longest_first = sorted(self.added, key=len, reverse=True)
         self.splitter = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if self.added else None
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        if self.splitter is None:
-            return [list(ids) for ids in self.library.encode(list(texts))]
-        return [self._encode_around_added(text) for text in texts]
+    def encode(self, texts: Sequence[str]) -> list[bytes]:
+        each = self.library.encode(list(texts)) if self.splitter is None else map(self._encode_around_added, texts)
+        return [packed(ids) for ids in each]
 
     def _encode_around_added(self, text: str) -> list[int]:
         assert self.splitter is not None

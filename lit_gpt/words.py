@@ -10,6 +10,7 @@ import re
 from array import array
 from collections.abc import Callable, Sequence
 from itertools import chain
+from os.path import commonprefix
 from typing import Any
 
 SPACE, BYTE_LEVEL_SPACE = "\u2581", "\u0120"  # as sentencepiece's and byte-level vocabularies write it
@@ -24,24 +25,24 @@ CUT = re.compile(rf"(?<=[^\s{SPACE}])(?= )")
 UNEVEN = re.compile(rf" (?<![^\s{SPACE}] )")  # a space that is no place to cut; the literal first is found fast
 N_KEPT = 1 << 19  # distinct words, some 100 MB
 LONGEST = 64  # characters of a word; longer ones hardly come twice, as in writing without spaces
-N_CHECKED = 32  # texts of a call that are encoded both ways
-Encode = Callable[[Sequence[str]], list[list[int]]]
+N_CHECKED = 8  # texts of a call that are encoded both ways
+Encode = Callable[[Sequence[str]], list[bytes]]
 
 
 class Words:
     """A memory of words in front of `whole`, which encodes texts in the library.
 
-    `added` are the ids of tokens that the library looks for before it sees words: a text that holds one goes there as
-    it is, and so does every text unless `trusted`.
+    Ids are the bytes of int32 numbers, which join faster than lists. `added` are the ids of tokens that the library
+    looks for before it sees words: a text that holds one goes there as it is, and so does every text unless `trusted`.
     """
 
     def __init__(self, whole: Encode, added: set[int], trusted: bool):
         self.whole, self.added, self.trusted = whole, added, trusted
-        # Ids as bytes of int32, which join faster than lists; None if there is an added token among them.
-        self.first: dict[str, bytes | None] = {}  # a text's first word
+        # Of words that hold an added token there is None.
+        self.first: dict[str, bytes | None] = {}  # a text's first word, or what all texts of a call begin with
         self.later: dict[str, bytes | None] = {}  # any other, without the space before it
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode(self, texts: Sequence[str]) -> list[bytes]:
         """What `whole` gives."""
         if not self.trusted:
             return self.whole(texts)
@@ -50,20 +51,23 @@ class Words:
         self.trusted = self.whole([texts[i] for i in some]) == [ids[i] for i in some]
         return ids if self.trusted else self.whole(texts)
 
-    def _by_word(self, texts: Sequence[str]) -> list[list[int]]:
-        joined = [self._joined(text) for text in texts]
-        if new := [text for text, ids in zip(texts, joined, strict=True) if ids is None]:
-            self._learn({_cut(text)[0] for text in new}, self.first, "")
-            self._learn(set(chain.from_iterable(_cut(text)[1:] for text in new)), self.later, "a")
-            joined = [self._joined(text) if ids is None else ids for text, ids in zip(texts, joined, strict=True)]
+    def _by_word(self, texts: Sequence[str]) -> list[bytes]:
+        # Whole words that all begin with, such as a prompt style's opening.
+        begin = " ".join(_cut(commonprefix(texts))[:-1])  # noqa: RUF071 characters are what is compared
+        later = [_cut(text[len(begin) + 1 :] if begin else text) for text in texts]
+        first = [begin or words.pop(0) for words in later]
+        self._learn(set(first), self.first, "")
+        self._learn(set(chain.from_iterable(later)), self.later, "a")
+        if begin and begin not in self.first:  # it may be long
+            self.first[begin] = self._plain(*self.whole([begin]))
+        joined = [self._joined(*words) for words in zip(first, later, strict=True)]
         special = iter(self.whole([text for text, ids in zip(texts, joined, strict=True) if ids is None]))
-        return [next(special) if ids is None else array("i", ids).tolist() for ids in joined]
+        return [next(special) if ids is None else ids for ids in joined]
 
-    def _joined(self, text: str) -> bytes | None:
-        """The ids of a text; None if it holds a word that is not known (yet, or too long), or an added token."""
-        words = _cut(text)
+    def _joined(self, first: str, later: list[str]) -> bytes | None:
+        """The ids of a text; None if it holds an added token, or a word too long to be known."""
         try:
-            return self.first[words[0]] + b"".join(map(self.later.__getitem__, words[1:]))  # type: ignore
+            return self.first[first] + b"".join(map(self.later.__getitem__, later))  # type: ignore
         except (KeyError, TypeError):
             return None
 
@@ -72,9 +76,12 @@ class Words:
         if len(known) + len(words) > N_KEPT:
             known.clear()
         new = [word for word in words - known.keys() if len(word) <= LONGEST]
-        skip = len(self.whole([before])[0])
+        skip = len(*self.whole([before]))
         for word, ids in zip(new, self.whole([f"{before} {word}" if before else word for word in new]), strict=True):
-            known[word] = array("i", ids[skip:]).tobytes() if self.added.isdisjoint(ids) else None
+            known[word] = self._plain(ids[skip:])
+
+    def _plain(self, ids: bytes) -> bytes | None:
+        return ids if self.added.isdisjoint(array("i", ids)) else None
 
 
 def _cut(text: str) -> list[str]:

@@ -18,7 +18,7 @@ ROW = {"instruction": "Say hello.", "input": "", "output": "Hello."}
 
 def test_a_row_is_prompt_then_answer_then_end(stories: Path) -> None:
     tokenizer = Tokenizer(stories)
-    encoded = data.encode([ROW], tokenizer, "alpaca", 512)
+    (encoded,) = data.encode([[ROW]], tokenizer, "alpaca", 512)
     prompt = tokenizer.encode(alpaca("Say hello."))
     answer = tokenizer.encode("Hello.", bos=False)
     assert encoded.tokens.tolist() == [*prompt, *answer, tokenizer.eos_id]
@@ -39,8 +39,8 @@ def test_labels_are_the_next_tokens_of_the_answer(prepared: Path, mask: bool) ->
 
 def test_cutting_keeps_the_end_of_text(stories: Path) -> None:
     tokenizer = Tokenizer(stories)
-    whole = data.encode([ROW], tokenizer, "plain", 512)
-    cut = data.encode([ROW], tokenizer, "plain", len(whole.tokens) - 2)
+    (whole,) = data.encode([[ROW]], tokenizer, "plain", 512)
+    (cut,) = data.encode([[ROW]], tokenizer, "plain", len(whole.tokens) - 2)
     assert cut.n_truncated == 1
     assert cut.tokens.tolist() == [*whole.tokens[:-3].tolist(), tokenizer.eos_id]
 

@@ -10,7 +10,7 @@ lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from lit_gpt.evaluation import LitGPT, evaluate, find_tasks  # noqa: E402
+from lit_gpt.evaluation import LitGPT, _batches, evaluate, find_tasks  # noqa: E402, _batches
 from lit_gpt.inference import Assistant  # noqa: E402
 
 ITEMS = [
@@ -94,6 +94,14 @@ def test_every_choices_likelihood_equals_lm_evals_own() -> None:
     for (value, greedy), (expected, also) in zip(ours, theirs, strict=True):
         assert value == pytest.approx(expected, abs=1e-4)
         assert greedy == also
+
+
+def test_a_batch_holds_no_more_tokens_than_it_may() -> None:
+    items = [(n, [n, -n]) for n in (9, 7, 7, 3, 1, 1)]
+    batches = list(_batches(items, 14))
+    assert batches == [[[9, -9]], [[7, -7], [7, -7]], [[3, -3], [1, -1], [1, -1]]]
+    assert list(_batches(items, 1)) == [[item] for _, item in items]
+    assert not list(_batches([], 0))
 
 
 def test_answers_that_no_context_holds_are_refused() -> None:

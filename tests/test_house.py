@@ -31,13 +31,14 @@ MAY_IMPORT = {  # what a room may import of the package; those not named see eve
     "quantization": set(),
     "surgery": set(),
     "words": set(),
+    "workers": set(),
     "tokenizer": {"files", "words"},
     "model": {"cache", "config", "ops", "rope"},
     "lora": {"ops", "surgery"},
     "families": {"config", "families", "rope"},
     "generation": {"cache", "model"},
     "training": {"args", "data", "report"},
-    "data": {"checkpoint", "files", "model", "prompts", "tokenizer"},
+    "data": {"checkpoint", "files", "model", "prompts", "tokenizer", "workers"},
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import SHARED, STORIES
 
 from lit_gpt import words
-from lit_gpt.tokenizer import MANY, Tokenizer
+from lit_gpt.tokenizer import MANY, Tokenizer, packed
 
 FILES = [STORIES / "tokenizer.json", *sorted(SHARED.glob("tokenizers/*/tokenizer.json"))]
 SPACES = (" bar", " ", "  ", "\n", "\t", "\r\n", "\x1c", "\u00a0", "\u3000", "\u200b", "\u2581", "\u0120")
@@ -37,7 +37,17 @@ def test_ids_are_those_of_whole_texts(file: Path, monkeypatch: pytest.MonkeyPatc
     assert memory.encode(texts) == expected
     assert memory.trusted
     assert len(texts) >= MANY
-    assert Tokenizer(file.parent).encode_batch(texts, bos=False) == expected
+    assert Tokenizer(file.parent).encode_packed(texts, bos=False) == expected
+
+
+@pytest.mark.parametrize(
+    "opening", ["Below is a text.", "Below is a", "Below", "a  ", " a\n b", "</s> a b", "x" * 99 + " y "]
+)
+def test_what_all_texts_begin_with_is_encoded_once(opening: str) -> None:
+    memory = Tokenizer(STORIES)._backend._words  # type: ignore[attr-defined]
+    for ends in ((" one", " two three", ""), ("one", " two"), ("\n", " \n", "")):
+        texts = [opening + end for end in ends]
+        assert memory._by_word(texts) == memory.whole(texts)
 
 
 def change(file: Path, path: Sequence[str | int], value: object) -> str:
@@ -87,9 +97,9 @@ def test_long_words_are_not_kept() -> None:
 def test_an_encoding_that_differs_is_noticed() -> None:
     """A library that counts the letters of the whole text, whatever its file said."""
 
-    def whole(texts: Sequence[str]) -> list[list[int]]:
-        return [[len(text)] for text in texts]
+    def whole(texts: Sequence[str]) -> list[bytes]:
+        return [packed([len(text)]) for text in texts]
 
     memory = words.Words(whole, set(), trusted=True)
-    assert memory.encode(["a bc", "d"]) == [[4], [1]]
+    assert memory.encode(["a bc", "d"]) == whole(["a bc", "d"])
     assert not memory.trusted
