@@ -54,11 +54,10 @@ typedef struct { /* of all items alike */
     const int64_t *begins, *branches;
 } Task;
 
-/* Numbers `first` to `last` of a row's tokens, of one head of `heads`, as (up to a multiple of `whole`, wide), times
-   `scale`, 0 where there are none. */
-static void load_head(const Task *t, const void *from, long heads, long head, long first, long last, long whole, float scale,
-                      float *to) {
-    for (long token = first; token < first + up_to(last - first, whole); token++, to += t->wide) {
+/* Of the tokens `first` to `last` one head of `heads`, as (a multiple of QUERIES, wide), times `scale`; 0 where there is
+   nothing. */
+static void load_head(const Task *t, const void *from, long heads, long head, long first, long last, float scale, float *to) {
+    for (long token = first; token < first + up_to(last - first, QUERIES); token++, to += t->wide) {
         memset(to, 0, t->wide * sizeof(float));
         if (token >= last) continue;
         load(to, from, t->bf16, (token * heads + head) * t->size, t->size);
@@ -119,12 +118,12 @@ void attention(long rows, long heads, long groups, long size, long window, float
             long group = head / (heads / groups), all = up_to(end - begin, QUERIES);
             float *values = keys + all * t.wide, *scores = values + all * t.wide, *queries = scores + all * QUERIES;
             float *across = queries + QUERIES * t.wide, *out = across + QUERIES * t.wide, sums[QUERIES];
-            load_head(&t, k, groups, group, begin, end, QUERIES, 1, keys);
-            load_head(&t, v, groups, group, begin, end, QUERIES, 1, values);
+            load_head(&t, k, groups, group, begin, end, 1, keys);
+            load_head(&t, v, groups, group, begin, end, 1, values);
             for (long at = 0; begin + at < end; at += QUERIES) {
                 long last = begin + at + QUERIES < end ? begin + at + QUERIES : end;
                 long low = first_seen(&t, at), high = up_to(last - begin, TALL);
-                load_head(&t, q, heads, head, begin + at, last, QUERIES, scale, queries);
+                load_head(&t, q, heads, head, begin + at, last, scale, queries);
                 turned(&t, queries, across);
                 product(high - low, QUERIES, t.wide, keys + low * t.wide, t.wide, 1, across, scores, 0);
                 exponentials(&t, begin, at, last, low, high, scores, sums);
@@ -154,15 +153,15 @@ void attention_backward(long rows, long heads, long groups, long parts, long siz
             float *values = keys + plane, *d_keys = values + plane, *d_values = d_keys + plane, *weights = d_values + plane;
             float *d_weights = weights + all * QUERIES, *queries = d_weights + all * QUERIES, *grads = queries + block;
             float *across = grads + block, *out = across + block, sums[QUERIES], shares[QUERIES];
-            load_head(&t, k, groups, part / parts, begin, end, QUERIES, 1, keys);
-            load_head(&t, v, groups, part / parts, begin, end, QUERIES, 1, values);
+            load_head(&t, k, groups, part / parts, begin, end, 1, keys);
+            load_head(&t, v, groups, part / parts, begin, end, 1, values);
             memset(d_keys, 0, 2 * plane * sizeof(float));
             for (long head = part * n_heads; head < (part + 1) * n_heads; head++)
                 for (long at = 0; begin + at < end; at += QUERIES) {
                     long last = begin + at + QUERIES < end ? begin + at + QUERIES : end;
                     long low = first_seen(&t, at), high = up_to(last - begin, TALL), n = high - low, skip = low * t.wide;
-                    load_head(&t, q, heads, head, begin + at, last, QUERIES, scale, queries);
-                    load_head(&t, grad, heads, head, begin + at, last, QUERIES, 1, grads);
+                    load_head(&t, q, heads, head, begin + at, last, scale, queries);
+                    load_head(&t, grad, heads, head, begin + at, last, 1, grads);
                     turned(&t, queries, across);
                     product(n, QUERIES, t.wide, keys + skip, t.wide, 1, across, weights, 0);
                     exponentials(&t, begin, at, last, low, high, weights, sums);

@@ -4,22 +4,15 @@
    stored, and becomes numbers in registers only. */
 
 #include <immintrin.h>
-#include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
 
 #include "block.h"
+#include "numbers.h"
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
 #define MOST 16    /* tokens times 4-bit weights */
 #define FOUR 4     /* tokens at a time, and rows */
 #define AHEAD 4096 /* bytes: the processor looks no further than a page; asked for in time, more arrives */
-
-static inline uint16_t to_bf16(float value) {  /* to the nearest, ties to even */
-    union { float f; uint32_t u; } bits = {value};
-    return (uint16_t)((bits.u + 0x7fff + ((bits.u >> 16) & 1)) >> 16);
-}
 
 /* One row of the weight times m tokens. `even` holds, for each 64 numbers of a token, those at even places and then those
    at odd ones: a byte of codes is two neighbours, and its high halves are looked up together, and its low halves. */
@@ -129,11 +122,6 @@ TARGET void one_token_bf16(long n, long k, const uint16_t *x, const uint16_t *w,
 }
 
 /* One token through a whole block, since starting two dozen operators costs as much as a small model's weights do. */
-
-static inline float from_bf16(uint16_t value) {
-    union { uint32_t u; float f; } bits = {(uint32_t)value << 16};
-    return bits.f;
-}
 
 TARGET static inline float weight_dot(const Weight *w, long r, const uint16_t *x) {  /* x as `arranged` */
     if (!w->scales) return dot(w->k, (const uint16_t *)w->numbers + r * w->k, x);

@@ -18,20 +18,23 @@ static inline uint32_t as_bits(float f) {
     return bits;
 }
 
+static inline float from_bf16(uint16_t value) { return as_float((uint32_t)value << 16); }
+
+static inline uint16_t to_bf16(float value) { /* to the nearest, ties to even */
+    uint32_t bits = as_bits(value);
+    return value == value ? (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : 0x7fc0;
+}
+
 static void load(float *to, const void *from, long bf16, long at, long n) {
     if (bf16)
-        for (long i = 0; i < n; i++) to[i] = as_float((uint32_t)((const uint16_t *)from)[at + i] << 16);
+        for (long i = 0; i < n; i++) to[i] = from_bf16(((const uint16_t *)from)[at + i]);
     else
         memcpy(to, (const float *)from + at, n * sizeof(float));
 }
 
-static void store(void *to, long bf16, long at, const float *from, long n) { /* to the nearest, ties to even */
+static void store(void *to, long bf16, long at, const float *from, long n) {
     if (bf16)
-        for (long i = 0; i < n; i++) {
-            uint32_t bits = as_bits(from[i]);
-            uint16_t rounded = (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-            ((uint16_t *)to)[at + i] = from[i] == from[i] ? rounded : 0x7fc0;
-        }
+        for (long i = 0; i < n; i++) ((uint16_t *)to)[at + i] = to_bf16(from[i]);
     else
         memcpy((float *)to + at, from, n * sizeof(float));
 }

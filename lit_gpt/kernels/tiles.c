@@ -4,9 +4,7 @@
    rows of the weight are loaded into tiles as they are stored, and the tokens, which are few, are laid out for them. */
 
 #include <immintrin.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
 
 #include "block.h"
 #include "rows.c"
