@@ -8,6 +8,7 @@ from torch import nn
 
 from lit_gpt.cache import KVCache
 from lit_gpt.kernels import few_tokens, rows, tiles
+from lit_gpt.lora import LoRALinear
 from lit_gpt.model import Block, Rotations
 from lit_gpt.ops import Layout, autocast_dtype
 from lit_gpt.quantization import Linear4bit, levels_of
@@ -85,11 +86,14 @@ class DecodeBlock(nn.Module):
         super().__init__()
         self.block = block
         config = block.attn.config
-        layers: list[Any] = [block.get_submodule(name) for name in self.LAYERS]
+        layers = [block.get_submodule(name) for name in self.LAYERS]
+        self.factors = [_factors(layer) for layer in layers]
+        weights = [_as_c(_base(layer), *factors) for layer, factors in zip(layers, self.factors, strict=True)]
         norms = [norm.data_ptr() for norm in _norms(block)]
         sizes = (config.n_head, config.n_query_groups, config.head_size)
-        self.as_c = few_tokens.Block(*map(_as_c, layers), *norms, config.norm_eps, config.scale, *sizes)
-        self.in_tiles = all(isinstance(layer, FewTokensLinear) and tiles.fits(2, layer.weight) for layer in layers)
+        self.as_c = few_tokens.Block(*weights, *norms, config.norm_eps, config.scale, *sizes)
+        bases = map(_base, layers)
+        self.in_tiles = all(isinstance(base, FewTokensLinear) and tiles.fits(2, base.weight) for base in bases)
 
     @staticmethod
     def fits(block: Block) -> bool:
@@ -103,11 +107,11 @@ class DecodeBlock(nn.Module):
         usual &= all(change is None for change in unchanged) and config.rotates(attention.layer)
         if not (usual and few_tokens.available()):
             return False
-        layers: list[Any] = [block.get_submodule(name) for name in DecodeBlock.LAYERS]
+        bases = [_base(block.get_submodule(name)) for name in DecodeBlock.LAYERS]
         return (
-            len({type(layer) for layer in layers}) == 1
-            and isinstance(layers[0], FewTokensLinear | FewTokensLinear4bit)
-            and all(layer.bias is None for layer in layers)
+            len({type(base) for base in bases}) == 1
+            and isinstance(bases[0], FewTokensLinear | FewTokensLinear4bit)
+            and all(base.bias is None for base in bases)
             and all(_plain(norm) for norm in _norms(block))
         )
 
@@ -131,12 +135,27 @@ def _plain(norm: nn.Parameter) -> bool:
     return norm.dtype == torch.bfloat16 and norm.device.type == "cpu" and norm.is_contiguous()
 
 
-def _as_c(layer: Any) -> few_tokens.Weight:
-    if isinstance(layer, FewTokensLinear4bit):
-        inner, pointers = layer.layer, (layer.layer.weight, layer.scales, layer.levels)
+def _base(layer: Any) -> Any:
+    return layer.base if isinstance(layer, LoRALinear) else layer
+
+
+def _factors(layer: nn.Module) -> tuple[torch.Tensor, ...]:
+    """Those of an update as C takes them, if there is one."""
+    if not isinstance(layer, LoRALinear):
+        return ()
+    a, b = layer.lora_A, layer.lora_B * layer.scaling
+    missing = -len(a) % few_tokens.WHOLE
+    filled = (nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing)))
+    return tuple(factor.detach().to(torch.bfloat16).contiguous() for factor in filled)
+
+
+def _as_c(base: Any, a: torch.Tensor | None = None, b: torch.Tensor | None = None) -> few_tokens.Weight:
+    update = (0, None, None) if a is None or b is None else (len(a), a.data_ptr(), b.data_ptr())
+    if isinstance(base, FewTokensLinear4bit):
+        inner, pointers = base.layer, (base.layer.weight, base.scales, base.levels)
         numbers, scales, levels = (ctypes.c_void_p(tensor.data_ptr()) for tensor in pointers)
-        return few_tokens.Weight(inner.out_features, inner.in_features, inner.block, numbers, scales, levels)
-    return few_tokens.Weight(*layer.weight.shape, 0, layer.weight.data_ptr(), None, None)
+        return few_tokens.Weight(inner.out_features, inner.in_features, inner.block, numbers, scales, levels, *update)
+    return few_tokens.Weight(*base.weight.shape, 0, base.weight.data_ptr(), None, None, *update)
 
 
 def lay_out(model: nn.Module) -> None:

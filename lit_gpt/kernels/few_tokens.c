@@ -3,16 +3,13 @@
    Reading the weight is what a product of few tokens costs, so each byte of it is read once, in the layout in which it is
    stored, and becomes numbers in registers only. */
 
-#include <immintrin.h>
 #include <stdlib.h>
 
 #include "block.h"
-#include "numbers.h"
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
 #define MOST 16    /* tokens times 4-bit weights */
 #define FOUR 4     /* tokens at a time, and rows */
-#define AHEAD 4096 /* bytes: the processor looks no further than a page; asked for in time, more arrives */
 
 /* One row of the weight times m tokens. `even` holds, for each 64 numbers of a token, those at even places and then those
    at odd ones: a byte of codes is two neighbours, and its high halves are looked up together, and its low halves. */
@@ -131,6 +128,18 @@ TARGET static inline float weight_dot(const Weight *w, long r, const uint16_t *x
     return out;
 }
 
+/* Number r of W x, plus the update's from low = A x if there is one. */
+TARGET static inline uint16_t result(const Weight *w, long r, const uint16_t *x, const uint16_t *low) {
+    uint16_t y = to_bf16(weight_dot(w, r, x));
+    return w->rank ? to_bf16(from_bf16(y) + dot(w->rank, w->b + r * w->rank, low)) : y;
+}
+
+/* low = A x of a weight's update, shared out to threads that do not wait for one another; x as it is. */
+TARGET static void lowered(const Weight *w, const uint16_t *x, uint16_t *low) {
+#pragma omp for schedule(static) nowait
+    for (long r = 0; r < w->rank; r++) low[r] = to_bf16(dot(w->k, w->a + r * w->k, x));
+}
+
 static void arranged(const Weight *w, uint16_t *x) {  /* in place, as products with w take it */
     if (!w->scales) return;
     uint16_t copy[w->k];
@@ -175,18 +184,25 @@ TARGET void one_token_block(const Block *b, const uint16_t *x, const uint16_t *c
                             uint16_t *keys, uint16_t *values, long capacity, long position, uint16_t *y, long threads) {
     long width = b->q.k, size = b->size, inner = b->gate.n, per_group = b->heads / b->groups;
     uint16_t q[b->q.n], heads[b->q.n], middle[width], hidden[inner];
+    /* One more than there are: an array has to have some. */
+    uint16_t low_q[b->q.rank + 1], low_k[b->k.rank + 1], low_v[b->v.rank + 1], low_proj[b->proj.rank + 1];
+    uint16_t low_gate[b->gate.rank + 1], low_up[b->up.rank + 1], low_down[b->down.rank + 1];
 #pragma omp parallel num_threads(threads)
     {
         uint16_t in[width];
         normed(width, x, b->norm_1, b->eps, in);
+        lowered(&b->q, in, low_q);
+        lowered(&b->k, in, low_k);
+        lowered(&b->v, in, low_v);
         arranged(&b->q, in);
+#pragma omp barrier
 #pragma omp for schedule(static)
         for (long r = 0; r < b->q.n + 2 * b->k.n; r++) {
             long key = r - b->q.n, value = key - b->k.n;
-            if (key < 0) q[r] = to_bf16(weight_dot(&b->q, r, in));
+            if (key < 0) q[r] = result(&b->q, r, in, low_q);
             else if (value < 0)
-                keys[(key / size * capacity + position) * size + key % size] = to_bf16(weight_dot(&b->k, key, in));
-            else values[(value / size * capacity + position) * size + value % size] = to_bf16(weight_dot(&b->v, value, in));
+                keys[(key / size * capacity + position) * size + key % size] = result(&b->k, key, in, low_k);
+            else values[(value / size * capacity + position) * size + value % size] = result(&b->v, value, in, low_v);
         }
 #pragma omp for schedule(static)
         for (long group = 0; group < b->groups; group++) turned(n, cos, sin, keys + (group * capacity + position) * size);
@@ -196,22 +212,29 @@ TARGET void one_token_block(const Block *b, const uint16_t *x, const uint16_t *c
             turned(n, cos, sin, q + head * size);
             attended(position + 1, size, b->scale, q + head * size, keys + group, values + group, heads + head * size);
         }
+        lowered(&b->proj, heads, low_proj);
+#pragma omp barrier
 #pragma omp single
         arranged(&b->proj, heads);
 #pragma omp for schedule(static)
         for (long r = 0; r < width; r++)
-            middle[r] = to_bf16(from_bf16(x[r]) + from_bf16(to_bf16(weight_dot(&b->proj, r, heads))));
+            middle[r] = to_bf16(from_bf16(x[r]) + from_bf16(result(&b->proj, r, heads, low_proj)));
         normed(width, middle, b->norm_2, b->eps, in);
+        lowered(&b->gate, in, low_gate);
+        lowered(&b->up, in, low_up);
         arranged(&b->gate, in);
+#pragma omp barrier
 #pragma omp for schedule(static)
         for (long r = 0; r < inner; r++) {
-            float gate = from_bf16(to_bf16(weight_dot(&b->gate, r, in)));
-            hidden[r] = to_bf16(gate / (1 + expf(-gate)) * from_bf16(to_bf16(weight_dot(&b->up, r, in))));
+            float gate = from_bf16(result(&b->gate, r, in, low_gate));
+            hidden[r] = to_bf16(gate / (1 + expf(-gate)) * from_bf16(result(&b->up, r, in, low_up)));
         }
+        lowered(&b->down, hidden, low_down);
+#pragma omp barrier
 #pragma omp single
         arranged(&b->down, hidden);
 #pragma omp for schedule(static)
         for (long r = 0; r < width; r++)
-            y[r] = to_bf16(from_bf16(middle[r]) + from_bf16(to_bf16(weight_dot(&b->down, r, hidden))));
+            y[r] = to_bf16(from_bf16(middle[r]) + from_bf16(result(&b->down, r, hidden, low_down)));
     }
 }

@@ -9,15 +9,21 @@ from lit_gpt.kernels import compiled
 
 MOST_TOKENS = 4  # for bfloat16: with more, matrix tiles are faster and torch's products as fast
 MOST_TOKENS_4BIT = 16
+WHOLE = 32  # an update's rank is filled up to a multiple of this
 LONGEST = 2**18  # tokens before a block's one, whose weights a thread's stack holds
 
 
 class Weight(ctypes.Structure):
-    """A weight as C sees it: (n, k) in bfloat16, or codes in blocks with scales and levels."""
+    """A weight as C sees it: (n, k) in bfloat16, or codes in blocks with scales and levels; and an update's factors.
+
+    Those are a (rank, k) and b (n, rank), bfloat16, filled up with zeros to a multiple of `WHOLE`.
+    """
 
     _fields_ = (
         *((name, ctypes.c_long) for name in ("n", "k", "block")),
         *((name, ctypes.c_void_p) for name in ("numbers", "scales", "levels")),
+        ("rank", ctypes.c_long),
+        *((name, ctypes.c_void_p) for name in ("a", "b")),
     )
 
 

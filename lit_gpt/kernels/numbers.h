@@ -1,5 +1,7 @@
 /* Numbers in float32 or bfloat16 (`bf16` 0 or 1), which are computed with in float32. */
 
+#pragma once
+
 #include <math.h>
 #include <stdint.h>
 #include <string.h>

@@ -3,7 +3,6 @@
    A library for matrices lays each weight out for its tiles first, which takes longer than multiplying a few tokens. Here
    rows of the weight are loaded into tiles as they are stored, and the tokens, which are few, are laid out for them. */
 
-#include <immintrin.h>
 #include <stdlib.h>
 
 #include "block.h"
@@ -91,24 +90,45 @@ static void add(long count, const uint16_t *x, const uint16_t *more, uint16_t *y
     }
 }
 
+typedef struct { /* room for one layer after the other */
+    uint32_t *tiles, *low_tiles;
+    uint16_t *low, *update;
+} Room;
+
+/* y (m, n) = x (m, k) W^T of x in tiles, and its update if there is one. */
+static void layer(const Weight *w, long m, const Room *room, uint16_t *y, long threads) {
+    times_tiles(m, w->n, w->k, room->tiles, w->numbers, y, threads);
+    if (!w->rank) return;
+    times_tiles(m, w->rank, w->k, room->tiles, w->a, room->low, threads);
+    in_tiles(m, w->rank, room->low, room->low_tiles, threads);
+    times_tiles(m, w->n, w->rank, room->low_tiles, w->b, room->update, threads);
+    add(m * w->n, y, room->update, y);
+}
+
+static inline long most(long a, long b) { return a > b ? a : b; }
+
 /* y (m, q.k) is x (m, q.k) after the block: a token for each of m sequences, whose key and value are stored at its `place`
-   (m) of keys and values (m, groups, capacity, size). cos and sin (m, n) are their angles. The numbers are those of the
-   operators one by one. Returns 0, or 1 if there is no memory. */
+   (m) of keys and values (m, groups, capacity, size). cos and sin (m, n) are their angles. Without updates the
+   numbers are those of the operators one by one. Returns 0, or 1 if there is no memory. */
 int tiles_block(const Block *b, long m, const uint16_t *x, const uint16_t *cos, const uint16_t *sin, long n,
                 uint16_t *keys, uint16_t *values, long capacity, const int64_t *place, uint16_t *y, long threads) {
     long width = b->q.k, wide = b->q.n, narrow = b->k.n, inner = b->gate.n, size = b->size;
-    long widest = width > wide ? width : wide;
-    widest = widest > inner ? widest : inner;
-    uint32_t *tiles = malloc(room_of_tiles(m, widest) + m * (2 * width + wide + 2 * narrow + 2 * inner) * sizeof(uint16_t));
-    if (!tiles) return 1;
-    uint16_t *state = (uint16_t *)tiles + room_of_tiles(m, widest) / sizeof(uint16_t), *part = state + m * width;
-    uint16_t *q = part + m * width, *k = q + m * wide, *v = k + m * narrow, *gate = v + m * narrow, *up = gate + m * inner;
+    long widest = most(most(width, wide), inner), rank = most(most(b->q.rank, b->k.rank), most(b->v.rank, b->proj.rank));
+    rank = most(rank, most(b->down.rank, most(b->gate.rank, b->up.rank)));
+    long in_all = 2 * width + wide + 2 * narrow + 2 * inner + rank + (rank ? widest : 0);
+    Room room = {malloc(room_of_tiles(m, widest) + room_of_tiles(m, rank) + m * in_all * sizeof(uint16_t))};
+    if (!room.tiles) return 1;
+    room.low_tiles = room.tiles + room_of_tiles(m, widest) / sizeof(uint32_t);
+    room.low = (uint16_t *)(room.low_tiles + room_of_tiles(m, rank) / sizeof(uint32_t));
+    uint16_t *state = room.low + m * rank, *part = state + m * width, *q = part + m * width, *k = q + m * wide;
+    uint16_t *v = k + m * narrow, *gate = v + m * narrow, *up = gate + m * inner;
+    room.update = up + m * inner;
 
     rms_norm(m, width, x, 1, b->norm_1, 1, b->eps, part, 1, NULL, threads);
-    in_tiles(m, width, part, tiles, threads);
-    times_tiles(m, wide, width, tiles, b->q.numbers, q, threads);
-    times_tiles(m, narrow, width, tiles, b->k.numbers, k, threads);
-    times_tiles(m, narrow, width, tiles, b->v.numbers, v, threads);
+    in_tiles(m, width, part, room.tiles, threads);
+    layer(&b->q, m, &room, q, threads);
+    layer(&b->k, m, &room, k, threads);
+    layer(&b->v, m, &room, v, threads);
     rotate(m, b->heads, size, n, m, q, cos, sin, 1, q, 1, threads);
     rotate(m, b->groups, size, n, m, k, cos, sin, 1, k, 1, threads);
     for (long row = 0; row < m * b->groups; row++) {
@@ -117,17 +137,17 @@ int tiles_block(const Block *b, long m, const uint16_t *x, const uint16_t *cos, 
         memcpy(values + to, v + row * size, size * sizeof(uint16_t));
     }
     attend_one(m, b->heads, b->groups, size, capacity, capacity, b->scale, q, keys, values, place, q, 1, threads);
-    in_tiles(m, wide, q, tiles, threads);
-    times_tiles(m, width, wide, tiles, b->proj.numbers, part, threads);
+    in_tiles(m, wide, q, room.tiles, threads);
+    layer(&b->proj, m, &room, part, threads);
     add(m * width, x, part, state);
     rms_norm(m, width, state, 1, b->norm_2, 1, b->eps, part, 1, NULL, threads);
-    in_tiles(m, width, part, tiles, threads);
-    times_tiles(m, inner, width, tiles, b->gate.numbers, gate, threads);
-    times_tiles(m, inner, width, tiles, b->up.numbers, up, threads);
+    in_tiles(m, width, part, room.tiles, threads);
+    layer(&b->gate, m, &room, gate, threads);
+    layer(&b->up, m, &room, up, threads);
     gated_silu(m * inner, gate, up, gate, 1, threads);
-    in_tiles(m, inner, gate, tiles, threads);
-    times_tiles(m, width, inner, tiles, b->down.numbers, part, threads);
+    in_tiles(m, inner, gate, room.tiles, threads);
+    layer(&b->down, m, &room, part, threads);
     add(m * width, state, part, y);
-    free(tiles);
+    free(room.tiles);
     return 0;
 }
