@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lit_gpt.cache import KVCache
+from lit_gpt.kernels import block as one_call
 from lit_gpt.kernels import few_tokens, rows, tiles
 from lit_gpt.lora import LoRALinear
 from lit_gpt.model import Block, Rotations
@@ -29,7 +30,7 @@ class FewTokensLinear(nn.Linear):
         n_tokens = x.numel() // self.in_features
         if x.dtype != self.weight.dtype or torch.is_grad_enabled():
             return super().forward(x)
-        if n_tokens > 1 and tiles.fits(n_tokens, self.weight):
+        if n_tokens > 1 and tiles.fits(n_tokens, self.weight.shape):
             y = tiles.product(x.reshape(n_tokens, -1), self.weight)
         elif 0 < n_tokens <= few_tokens.MOST_TOKENS and few_tokens.available():
             y = few_tokens.product(x.reshape(n_tokens, -1), self.weight)
@@ -80,7 +81,7 @@ class DecodeBlock(nn.Module):
         "mlp.gate",
         "mlp.up",
         "mlp.proj",
-    )  # in `few_tokens.Block`'s order
+    )  # in `one_call.Block`'s order
 
     def __init__(self, block: Block):
         super().__init__()
@@ -91,9 +92,9 @@ class DecodeBlock(nn.Module):
         weights = [_as_c(_base(layer), *factors) for layer, factors in zip(layers, self.factors, strict=True)]
         norms = [norm.data_ptr() for norm in _norms(block)]
         sizes = (config.n_head, config.n_query_groups, config.head_size)
-        self.as_c = few_tokens.Block(*weights, *norms, config.norm_eps, config.scale, *sizes)
-        bases = map(_base, layers)
-        self.in_tiles = all(isinstance(base, FewTokensLinear) and tiles.fits(2, base.weight) for base in bases)
+        self.as_c = one_call.Block(*weights, *norms, config.norm_eps, config.scale, *sizes)
+        self.tiled = all(tiles.fits(2, (weight.n, weight.k)) for weight in weights)
+        self.most = one_call.MOST_TOKENS if not self.tiled or weights[0].scales else tiles.MOST_TOKENS
 
     @staticmethod
     def fits(block: Block) -> bool:
@@ -105,7 +106,7 @@ class DecodeBlock(nn.Module):
         usual &= max(config.intermediate_size, config.n_head * config.head_size) <= rows.WIDEST
         unchanged = (config.qk_norm, config.clip_qkv, config.attention_softcap, config.window(attention.layer))
         usual &= all(change is None for change in unchanged) and config.rotates(attention.layer)
-        if not (usual and few_tokens.available()):
+        if not (usual and one_call.available()):
             return False
         bases = [_base(block.get_submodule(name)) for name in DecodeBlock.LAYERS]
         return (
@@ -120,10 +121,10 @@ class DecodeBlock(nn.Module):
             return self.block(x, rotations, layout, cache)
         heads, groups, size = self.as_c.heads, self.as_c.groups, self.as_c.size
         keys, values = cache.stores(self.block.attn.layer, (groups, size, size), x)
-        if len(x) == 1 and cache.capacity <= few_tokens.LONGEST:
-            return few_tokens.block(self.as_c, x, *rotations[False], keys, values, cache.lengths[0])
-        if self.in_tiles and len(x) <= tiles.MOST_TOKENS and cache.capacity * heads // groups <= rows.WIDEST:
-            return tiles.block(self.as_c, x, *rotations[False], keys, values, layout.positions)
+        if len(x) == 1 and cache.capacity <= one_call.LONGEST:
+            return one_call.one_token(self.as_c, x, *rotations[False], keys, values, cache.lengths[0])
+        if len(x) <= self.most and cache.capacity * heads // groups <= rows.WIDEST:
+            return one_call.tokens(self.as_c, x, *rotations[False], keys, values, layout.positions, self.tiled)
         return self.block(x, rotations, layout, cache)
 
 
@@ -144,18 +145,18 @@ def _factors(layer: nn.Module) -> tuple[torch.Tensor, ...]:
     if not isinstance(layer, LoRALinear):
         return ()
     a, b = layer.lora_A, layer.lora_B * layer.scaling
-    missing = -len(a) % few_tokens.WHOLE
+    missing = -len(a) % one_call.WHOLE
     filled = (nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing)))
     return tuple(factor.detach().to(torch.bfloat16).contiguous() for factor in filled)
 
 
-def _as_c(base: Any, a: torch.Tensor | None = None, b: torch.Tensor | None = None) -> few_tokens.Weight:
+def _as_c(base: Any, a: torch.Tensor | None = None, b: torch.Tensor | None = None) -> one_call.Weight:
     update = (0, None, None) if a is None or b is None else (len(a), a.data_ptr(), b.data_ptr())
     if isinstance(base, FewTokensLinear4bit):
         inner, pointers = base.layer, (base.layer.weight, base.scales, base.levels)
         numbers, scales, levels = (ctypes.c_void_p(tensor.data_ptr()) for tensor in pointers)
-        return few_tokens.Weight(inner.out_features, inner.in_features, inner.block, numbers, scales, levels, *update)
-    return few_tokens.Weight(*base.weight.shape, 0, base.weight.data_ptr(), None, None, *update)
+        return one_call.Weight(inner.out_features, inner.in_features, inner.block, numbers, scales, levels, *update)
+    return one_call.Weight(*base.weight.shape, 0, base.weight.data_ptr(), None, None, *update)
 
 
 def lay_out(model: nn.Module) -> None:
