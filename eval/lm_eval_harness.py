@@ -36,7 +36,7 @@ def main(
         num_fewshot: Examples before each question.
         limit: Items per task at most, or below 1 their share.
         bootstrap_iters: Resamplings for the standard errors; 0 leaves them out.
-        batch_size: Questions, with all their answers, that are run at a time.
+        batch_size: So many of the longest questions, with all their answers, or more shorter ones are run at a time.
     """
     import logging
     import os

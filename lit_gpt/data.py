@@ -24,7 +24,7 @@ from lit_gpt.tokenizer import Tokenizer
 from lit_gpt.workers import shared_out
 
 TRAIN, TEST, META = "train.pt", "test.pt", "meta.json"
-AT_ONCE = 4096  # rows in one call of the tokenizer's library, which spreads them over the cores
+AT_ONCE = 4096  # rows that a process tokenises at a time
 ID_BYTES = 4  # of an int32
 Record = dict[str, str]
 
@@ -58,7 +58,8 @@ def read_records(path: Path) -> list[Record]:
 
 
 def _json_lines(path: Path, text: str) -> Iterator[Any]:
-    for number, line in enumerate(text.split("\n"), start=1):
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 yield json.loads(line)

@@ -49,14 +49,18 @@ def _row_length(item: Sequence[Request]) -> int:
     return len(item[0][1]) + sum(len(wanted) - 1 for _, _, wanted in item)
 
 
-def _batches(items: Iterable[tuple[int, list[int]]], most: int) -> Iterator[list[list[int]]]:
-    """The items, told with their tokens, in batches of `most` tokens together, or of one item that has more."""
+def _batches(items: Iterable[tuple[int, list[int]]], most: int, social: int) -> Iterator[list[list[int]]]:
+    """The items, told with their tokens, in batches of `most` tokens together, or of one item that has more.
+
+    One with more than `social` tokens comes alone.
+    """
     batch: list[list[int]] = []
-    total = 0
+    total = longest = 0
     for n_tokens, item in items:
-        if batch and total + n_tokens > most:
+        if batch and total + n_tokens > (0 if max(n_tokens, longest) > social else most):
             yield batch
             batch, total = [], 0
+        longest = n_tokens if not batch else max(longest, n_tokens)
         batch.append(item)
         total += n_tokens
     if batch:
@@ -99,12 +103,15 @@ class LitGPT(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """For each request the log probability of its continuation, and whether it is the likeliest one."""
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        items = [(_row_length([requests[i] for i in item]), item) for item in self._items(requests)]
+        items = [(self._laid([requests[i] for i in item]), item) for item in self._items(requests)]
         items.sort(key=lambda sized: -sized[0])
         most = self.batch_size * items[0][0] if items else 0  # tokens: as many rows of the longest kind are held anyway
+        scaling = self.model.config.rope_scaling or {}
+        original = scaling.get("original_max_position_embeddings") or self.max_length
+        social = original if scaling.get("rope_type") in rope.BY_LENGTH else self.max_length
         done = 0
         with Progress("scoring", len(requests), enabled=not disable_tqdm) as progress:
-            for chosen in _batches(items, most):
+            for chosen in _batches(items, most, social):
                 with self.assistant.autocast():
                     scores = self._score([[requests[i] for i in item] for item in chosen])
                 for index, score in zip((i for item in chosen for i in item), scores, strict=True):
@@ -112,6 +119,14 @@ class LitGPT(TemplateLM):
                 done += sum(map(len, chosen))
                 progress.update(done)
         return results
+
+    def _room(self, item: Sequence[Request]) -> int:
+        """Tokens of an item's context that the model can see beside the longest of its answers."""
+        return self.max_length + 1 - max(len(wanted) for _, _, wanted in item)
+
+    def _laid(self, item: Sequence[Request]) -> int:
+        """Tokens that scoring an item takes."""
+        return _row_length(item) - max(0, len(item[0][1]) - self._room(item))
 
     def _items(self, requests: Sequence[Request]) -> list[list[int]]:
         """Places of requests with one context, which is run once for all of them, as far as a row holds them."""
@@ -137,7 +152,7 @@ class LitGPT(TemplateLM):
         lengths: list[int] = []
         asked: list[int] = []  # places of the tokens that tell what follows them
         for item in items:
-            room = self.max_length + 1 - max(len(wanted) for _, _, wanted in item)
+            room = self._room(item)
             if room < 1:
                 raise ValueError(f"an answer has more than the {self.max_length} tokens that the model can see")
             context = item[0][1][-room:]  # cut on the left to what the model can see

@@ -296,6 +296,7 @@ def attention(
     lengths = list(layout.lengths or (q.shape[2],))
     slides = window is not None and window < max(lengths)
     in_one = alike and min(lengths) > 0 and in_c(q) and fused.available()
+    narrow = not slides or q.dtype == torch.float32 or window <= _CPUAttention.LONGEST_BACK  # type: ignore[operator]
     if layout.branches is not None:
         if in_one and not slides and not torch.is_grad_enabled():
             return fused.attention(q, k, v, lengths, scale, None, layout.branches)
@@ -303,7 +304,7 @@ def attention(
         return _end_to_end([_masked(q, k, v, scale, hidden, softcap) for q, k, v, hidden in each])
     on_cpu = _device(q) == "cpu" and not torch.compiler.is_compiling()
     # Torch's kernel cannot do without tokens.
-    if in_one or (softcap is None and not slides and on_cpu and min(*lengths, q.numel())):
+    if (in_one and narrow) or (softcap is None and not slides and on_cpu and min(*lengths, q.numel())):
         y: torch.Tensor = _CPUAttention.apply(q, k, v, scale, window if slides else None, layout)
         return y
     if layout.lengths is None:

@@ -20,20 +20,32 @@ _work: Callable[[Any], Any]  # in a worker
 def shared_out(work: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
     """The results of `work` in the order of the tasks, by a process per core; tasks and results are pickled.
 
-    The processes are forked, so that they have all that `work` sees without a copy. One task alone, and all where a
-    system cannot fork safely, are done here. Raises what `work` raises, and ChildProcessError if a process is killed.
+    The processes are forked, so that they have all that `work` sees without a copy; they end with the thread that asks
+    for the first result. One task alone, and all where a system cannot make processes so, are done here. Raises what
+    `work` raises, and ChildProcessError if a process is killed.
     """
-    n = min(len(os.sched_getaffinity(0)), len(tasks), MOST) if hasattr(os, "sched_getaffinity") else 1  # on Linux only
-    if n < 2:
+    pool = _pool(work, len(tasks))
+    if pool is None:
         yield from map(work, tasks)
         return
-    pool = ProcessPoolExecutor(n, multiprocessing.get_context("fork"), _start, (work,))
     try:
         yield from pool.map(_do, tasks)
     except BrokenProcessPool as error:
         raise ChildProcessError("a process was killed; the system may have been short of memory") from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _pool(work: Callable[[Any], Any], n_tasks: int) -> ProcessPoolExecutor | None:
+    """Processes for so many tasks, if several can be had."""
+    on_linux = hasattr(os, "sched_getaffinity")
+    n = min(len(os.sched_getaffinity(0)), n_tasks, MOST) if on_linux else 1
+    if n < 2 or multiprocessing.current_process().daemon:
+        return None
+    try:
+        return ProcessPoolExecutor(n, multiprocessing.get_context("fork"), _start, (work,))
+    except OSError:  # no shared memory to talk through
+        return None
 
 
 def _start(work: Callable[[Any], Any]) -> None:

@@ -141,3 +141,9 @@ def test_the_template_is_alpacas() -> None:
         pytest.skip(f"the golden prompts are not here: {file}")
     for row in json.loads(file.read_text()):
         assert row["text"].startswith(alpaca(row["instruction"], row["input"]))
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_may_end_as_they_do_anywhere(end: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(end.join([json.dumps(ROW)] * 3).encode())
+    assert data.read_records(tmp_path / "rows.jsonl") == [data.check_record(ROW, "")] * 3

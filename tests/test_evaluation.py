@@ -10,7 +10,7 @@ lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from lit_gpt.evaluation import LitGPT, _batches, evaluate, find_tasks  # noqa: E402, _batches
+from lit_gpt.evaluation import LitGPT, _batches, evaluate, find_tasks  # noqa: E402
 from lit_gpt.inference import Assistant  # noqa: E402
 
 ITEMS = [
@@ -98,10 +98,26 @@ def test_every_choices_likelihood_equals_lm_evals_own() -> None:
 
 def test_a_batch_holds_no_more_tokens_than_it_may() -> None:
     items = [(n, [n, -n]) for n in (9, 7, 7, 3, 1, 1)]
-    batches = list(_batches(items, 14))
+    batches = list(_batches(items, 14, 9))
     assert batches == [[[9, -9]], [[7, -7], [7, -7]], [[3, -3], [1, -1], [1, -1]]]
-    assert list(_batches(items, 1)) == [[item] for _, item in items]
-    assert not list(_batches([], 0))
+    assert list(_batches(items, 1, 9)) == [[item] for _, item in items]
+    assert list(_batches(items, 99, 6)) == [[[9, -9]], [[7, -7]], [[7, -7]], [[3, -3], [1, -1], [1, -1]]]
+    assert not list(_batches([], 0, 9))
+
+
+def test_a_context_that_is_cut_counts_as_it_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LitGPT(Assistant(STORIES, "32-true"), 4)
+    sizes = []
+    score = model._score
+    monkeypatch.setattr(model, "_score", lambda items: sizes.append(sum(map(model._laid, items))) or score(items))
+    long, short = [5] * (model.max_length + 900), [[7] * 20 + [n] for n in range(2, 80)]
+    alone = [model._loglikelihood_tokens([(("", ""), context, [5, 6])])[0] for context in (long, *short[:9])]
+    sizes.clear()
+    together = model._loglikelihood_tokens([(("", ""), context, [5, 6]) for context in (long, *short)])
+    assert max(sizes) <= 4 * model.max_length
+    assert sum(sizes) == model.max_length + 78 * 22
+    for one, other in zip(alone, together, strict=False):
+        assert one[0] == pytest.approx(other[0], abs=1e-4)
 
 
 def test_answers_that_no_context_holds_are_refused() -> None:

@@ -53,7 +53,16 @@ def test_a_process_that_is_killed_is_told_of() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return task
 
-    if len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("one core")
+    if not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one core, or a system that does not fork")
     with pytest.raises(ChildProcessError, match="short of memory"):
         list(shared_out(work, range(10)))
+
+
+def test_where_no_processes_can_be_had_the_work_is_done_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*arguments: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", none)
+    here = os.getpid()
+    assert list(shared_out(lambda task: os.getpid() - here + task, range(3))) == [0, 1, 2]

@@ -84,7 +84,7 @@ static void exponentials(const Task *t, long begin, long at, long last, long low
     int branch[QUERIES] = {0};
     float most[QUERIES];
     for (long r = 0; r < QUERIES; r++) most[r] = -INFINITY, sums[r] = 0;
-    for (long r = 0; t->branches && r < QUERIES && at + r < last; r++) branch[r] = (int)t->branches[begin + at + r];
+    for (long r = 0; t->branches && r < QUERIES && begin + at + r < last; r++) branch[r] = (int)t->branches[begin + at + r];
     for (long key = low; key < high; key++) {
         float *line = scores + (key - low) * QUERIES;
         int ahead = (int)(key - at), behind = (int)(key + t->window - at);

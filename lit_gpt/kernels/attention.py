@@ -85,4 +85,5 @@ def _begins(lengths: Sequence[int], q: torch.Tensor) -> torch.Tensor:
 def _room(planes: int, lines: int, longest: int, q: torch.Tensor) -> torch.Tensor:
     """Per thread: a row's keys, values and the like (`planes`), its scores (`lines`), and some blocks of queries."""
     n, wide = (-(-size // AT_ONCE) * AT_ONCE for size in (longest, q.shape[3]))
-    return torch.empty(torch.get_num_threads(), n * (planes * wide + lines * AT_ONCE) + 4 * AT_ONCE * wide)
+    each = n * (planes * wide + lines * AT_ONCE) + 4 * AT_ONCE * wide
+    return torch.empty(torch.get_num_threads(), each, dtype=torch.float32)
