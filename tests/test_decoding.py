@@ -183,10 +183,20 @@ def test_one_call_per_block_gives_the_numbers_of_its_operators(monkeypatch: pyte
 @needs_kernel
 @pytest.mark.parametrize("kind", [None, "bnb.nf4"])
 @pytest.mark.parametrize("prompts", [[[1, 2, 3]], [[1, 2, 3], [4, 5], [6, 7, 8]]], ids=["one", "batch"])
+@pytest.mark.parametrize("tiled", [True, False])
 @pytest.mark.parametrize(("targets", "r"), [(("query", "value"), 3), (("key", "projection", "mlp"), 40)])
 def test_one_call_per_block_knows_an_adapter(
-    kind: str | None, prompts: list[list[int]], targets: tuple, r: int
+    kind: str | None,
+    prompts: list[list[int]],
+    tiled: bool,
+    targets: tuple,
+    r: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if not tiled:
+        monkeypatch.setattr(tiles, "_library", lambda: None)
+    elif not tiles.available():
+        pytest.skip("no matrix tiles, or no C compiler")
     model = tiny(kind)
     without = steps(model, prompts)
     lora.attach(model, LoRASettings(r=r, alpha=16, targets=targets))
