@@ -49,18 +49,14 @@ def _row_length(item: Sequence[Request]) -> int:
     return len(item[0][1]) + sum(len(wanted) - 1 for _, _, wanted in item)
 
 
-def _batches(items: Iterable[tuple[int, list[int]]], most: int, social: int) -> Iterator[list[list[int]]]:
-    """The items, told with their tokens, in batches of `most` tokens together, or of one item that has more.
-
-    One with more than `social` tokens comes alone.
-    """
+def _batches(items: Iterable[tuple[int, list[int]]], most: int) -> Iterator[list[list[int]]]:
+    """The items, told with their tokens, in batches of `most` tokens together, or of one item that has more."""
     batch: list[list[int]] = []
-    total = longest = 0
+    total = 0
     for n_tokens, item in items:
-        if batch and total + n_tokens > (0 if max(n_tokens, longest) > social else most):
+        if batch and total + n_tokens > most:
             yield batch
             batch, total = [], 0
-        longest = n_tokens if not batch else max(longest, n_tokens)
         batch.append(item)
         total += n_tokens
     if batch:
@@ -75,6 +71,8 @@ class LitGPT(TemplateLM):
         self.assistant, self.batch_size = assistant, batch_size
         self.model, self.codec = assistant.model, assistant.tokenizer
         self.max_length = self.model.config.block_size
+        self.scaling = self.model.config.rope_scaling or {}
+        self.by_length = self.scaling.get("rope_type") in rope.BY_LENGTH
         if self.codec.eos_id is None:
             raise ValueError("the tokenizer has no end-of-text token, which evaluation needs")
 
@@ -106,12 +104,12 @@ class LitGPT(TemplateLM):
         items = [(self._laid([requests[i] for i in item]), item) for item in self._items(requests)]
         items.sort(key=lambda sized: -sized[0])
         most = self.batch_size * items[0][0] if items else 0  # tokens: as many rows of the longest kind are held anyway
-        scaling = self.model.config.rope_scaling or {}
-        original = scaling.get("original_max_position_embeddings") or self.max_length
-        social = original if scaling.get("rope_type") in rope.BY_LENGTH else self.max_length
+        if self.by_length:  # beyond the old context an item would change the angles of others: it fills a batch
+            original = self.scaling.get("original_max_position_embeddings") or self.max_length
+            items = [(most if n_tokens > original else n_tokens, item) for n_tokens, item in items]
         done = 0
         with Progress("scoring", len(requests), enabled=not disable_tqdm) as progress:
-            for chosen in _batches(items, most, social):
+            for chosen in _batches(items, most):
                 with self.assistant.autocast():
                     scores = self._score([[requests[i] for i in item] for item in chosen])
                 for index, score in zip((i for item in chosen for i in item), scores, strict=True):
@@ -130,12 +128,12 @@ class LitGPT(TemplateLM):
 
     def _items(self, requests: Sequence[Request]) -> list[list[int]]:
         """Places of requests with one context, which is run once for all of them, as far as a row holds them."""
-        alone = (self.model.config.rope_scaling or {}).get("rope_type") in rope.BY_LENGTH
         items: list[list[int]] = []
         open_items: dict[tuple[int, ...], list[int]] = {}
         for index, (_, context, _wanted) in enumerate(requests):
             item = open_items.get(tuple(context), [])
-            if not item or alone or _row_length([*(requests[i] for i in item), requests[index]]) > self.max_length:
+            length = _row_length([*(requests[i] for i in item), requests[index]])
+            if not item or self.by_length or length > self.max_length:
                 item = open_items[tuple(context)] = []
                 items.append(item)
             item.append(index)

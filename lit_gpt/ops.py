@@ -294,9 +294,10 @@ def attention(
     if layout.cached and q.shape[2] != k.shape[2]:
         return _masked(q, k, v, scale, layout.beyond(window), softcap)
     lengths = list(layout.lengths or (q.shape[2],))
-    slides = window is not None and window < max(lengths)
+    reach = max(lengths) if window is None else min(window, max(lengths))
+    slides = reach < max(lengths)
     in_one = alike and min(lengths) > 0 and in_c(q) and fused.available()
-    narrow = not slides or q.dtype == torch.float32 or window <= _CPUAttention.LONGEST_BACK  # type: ignore[operator]
+    in_one &= not slides or q.dtype == torch.float32 or reach <= _CPUAttention.LONGEST_BACK
     if layout.branches is not None:
         if in_one and not slides and not torch.is_grad_enabled():
             return fused.attention(q, k, v, lengths, scale, None, layout.branches)
@@ -304,7 +305,7 @@ def attention(
         return _end_to_end([_masked(q, k, v, scale, hidden, softcap) for q, k, v, hidden in each])
     on_cpu = _device(q) == "cpu" and not torch.compiler.is_compiling()
     # Torch's kernel cannot do without tokens.
-    if (in_one and narrow) or (softcap is None and not slides and on_cpu and min(*lengths, q.numel())):
+    if in_one or (softcap is None and not slides and on_cpu and min(*lengths, q.numel())):
         y: torch.Tensor = _CPUAttention.apply(q, k, v, scale, window if slides else None, layout)
         return y
     if layout.lengths is None:
@@ -361,10 +362,8 @@ class _CPUAttention(torch.autograd.Function):
     """
 
     BLOCK = 256  # queries; smaller blocks skip more of what is hidden and start more operators
-    LONGEST, LONGEST_BACK = (
-        256,
-        1024,
-    )  # tokens of a row up to which C is faster in bfloat16, for which torch may use tiles
+    LONGEST = 256  # tokens of a row up to which C is faster in bfloat16, for which torch may use tiles
+    LONGEST_BACK = 1024  # the same on the way back
 
     @staticmethod
     def in_c(q, window, lengths, longest):

@@ -5,6 +5,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -38,8 +39,7 @@ def shared_out(work: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterato
 
 def _pool(work: Callable[[Any], Any], n_tasks: int) -> ProcessPoolExecutor | None:
     """Processes for so many tasks, if several can be had."""
-    on_linux = hasattr(os, "sched_getaffinity")
-    n = min(len(os.sched_getaffinity(0)), n_tasks, MOST) if on_linux else 1
+    n = min(len(os.sched_getaffinity(0)), n_tasks, MOST) if sys.platform == "linux" else 1
     if n < 2 or multiprocessing.current_process().daemon:
         return None
     try:

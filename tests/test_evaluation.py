@@ -98,11 +98,10 @@ def test_every_choices_likelihood_equals_lm_evals_own() -> None:
 
 def test_a_batch_holds_no_more_tokens_than_it_may() -> None:
     items = [(n, [n, -n]) for n in (9, 7, 7, 3, 1, 1)]
-    batches = list(_batches(items, 14, 9))
+    batches = list(_batches(items, 14))
     assert batches == [[[9, -9]], [[7, -7], [7, -7]], [[3, -3], [1, -1], [1, -1]]]
-    assert list(_batches(items, 1, 9)) == [[item] for _, item in items]
-    assert list(_batches(items, 99, 6)) == [[[9, -9]], [[7, -7]], [[7, -7]], [[3, -3], [1, -1], [1, -1]]]
-    assert not list(_batches([], 0, 9))
+    assert list(_batches(items, 1)) == [[item] for _, item in items]
+    assert not list(_batches([], 0))
 
 
 def test_a_context_that_is_cut_counts_as_it_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,8 +115,24 @@ def test_a_context_that_is_cut_counts_as_it_is_run(monkeypatch: pytest.MonkeyPat
     together = model._loglikelihood_tokens([(("", ""), context, [5, 6]) for context in (long, *short)])
     assert max(sizes) <= 4 * model.max_length
     assert sum(sizes) == model.max_length + 78 * 22
-    for one, other in zip(alone, together, strict=False):
+    for one, other in zip(alone, together[: len(alone)], strict=True):
         assert one[0] == pytest.approx(other[0], abs=1e-4)
+
+
+def test_a_text_whose_length_changes_its_angles_is_scored_alone() -> None:
+    assistant = Assistant(STORIES, "32-true")
+    n = assistant.model.config.rope_size // 2
+    assistant.model.config.rope_scaling = {
+        "rope_type": "longrope",
+        "long_factor": [4.0] * n,
+        "short_factor": [1.0] * n,
+        "original_max_position_embeddings": 32,
+    }
+    model = LitGPT(assistant, 8)
+    requests = [(("", ""), [7] * length + [length], [5, 6]) for length in (60, 10, 33, 9, 31, 12, 30)]
+    together = model._loglikelihood_tokens(requests)
+    for request, score in zip(requests, together, strict=True):
+        assert model._loglikelihood_tokens([request])[0][0] == pytest.approx(score[0], abs=1e-4)
 
 
 def test_answers_that_no_context_holds_are_refused() -> None:

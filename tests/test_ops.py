@@ -122,9 +122,7 @@ def test_attention_within_a_window(window: int, size: int, dtype: torch.dtype) -
 def test_attention_of_branches(dtype: torch.dtype) -> None:
     branch = torch.tensor([0] * 37 + [1] * 5 + [2] + [3] * 40)
     q, k, v = (torch.randn(1, 2 * 83, n, 16, dtype=dtype).transpose(1, 2) for n in (4, 2, 2))
-    positions = torch.arange(83).repeat(2)[
-        None
-    ]  # any will do where there is no window, and those of branches are in order
+    positions = torch.arange(83).repeat(2)[None]  # any that rise within a branch will do where there is no window
     ours = ops.attention(q, k, v, scale=0.3, layout=Layout(positions, 83, (83, 83), branch.repeat(2)[None]))
     expected = reference_attention((83, 83), 0.3, branch=branch)(q, k, v)
     assert (ours - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()

@@ -104,7 +104,7 @@ static void exponentials(const Task *t, long begin, long at, long last, long low
     for (int r = 0; r < QUERIES; r++) sums[r] = sums[r] ? sums[r] : 1; /* beyond a row's end, where no key is seen */
 }
 
-/* y (tokens, heads, size): attention of every query. `room` holds for each thread what `attention_room` says. */
+/* y (tokens, heads, size): attention of every query. `room` has `each` numbers for each thread; see `_room` in attention.py. */
 void attention(long rows, long heads, long groups, long size, long window, float scale, const int64_t *begins,
                const int64_t *branches, const void *q, const void *k, const void *v, void *y, float *room, long each, long bf16,
                long threads) {

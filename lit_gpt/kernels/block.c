@@ -199,8 +199,8 @@ static int layer(const Weight *w, const Reading *reading, uint16_t *y) {
 static inline long larger(long a, long b) { return a > b ? a : b; }
 
 /* y (m, q.k) is x (m, q.k) after the block: a token for each of m sequences, whose key and value are stored at its `place`
-   (m) of keys and values (m, groups, capacity, size). cos and sin (m, n) are their angles. Without updates the
-   numbers are those of the operators one by one. Returns 0, or 1 if there is no memory. */
+   (m) of keys and values (m, groups, capacity, size). cos and sin (m, n) are their angles. In tiles and without
+   updates the numbers are those of the operators one by one. Returns 0, or 1 if there is no memory. */
 int tokens_block(const Block *b, long m, const uint16_t *x, const uint16_t *cos, const uint16_t *sin, long n,
                  uint16_t *keys, uint16_t *values, long capacity, const int64_t *place, uint16_t *y, int tiled, long threads) {
     long width = b->q.k, wide = b->q.n, narrow = b->k.n, inner = b->gate.n, size = b->size;

@@ -104,17 +104,11 @@ def tokens(
     assert int(places.max()) < capacity
     x, cos, sin, places = x.contiguous(), cos.contiguous(), sin.contiguous(), places.contiguous()
     y = torch.empty_like(x)
+    pointers = [tensor.data_ptr() for tensor in (x, cos, sin, keys, values, places, y)]
+    x_at, cos_at, sin_at, keys_at, values_at, places_at, y_at = pointers
     failed = library.tokens_block(
-        *(ctypes.addressof(as_c), len(x), x.data_ptr(), cos.data_ptr(), sin.data_ptr(), cos.shape[-1]),
-        *(
-            keys.data_ptr(),
-            values.data_ptr(),
-            capacity,
-            places.data_ptr(),
-            y.data_ptr(),
-            tiled,
-            torch.get_num_threads(),
-        ),
+        *(ctypes.addressof(as_c), len(x), x_at, cos_at, sin_at, cos.shape[-1]),
+        *(keys_at, values_at, capacity, places_at, y_at, tiled, torch.get_num_threads()),
     )
     assert not failed, "there is no memory"
     return y
