@@ -111,9 +111,6 @@ class Plan:
         return [("part", "at the peak"), *rows, ("total", f"{self.gb:.2f} GB")]
 
 
-PARTS = ("program", "weights", "adapter", "gradients", "optimizer", "cache", "activations", "logits", "workspace")
-
-
 @dataclass(frozen=True)
 class Setting:
     """All that the memory of a run depends on, besides the architecture. `lora` None: every weight trains."""

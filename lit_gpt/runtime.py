@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 
     from lit_gpt.model import GPT
 
-# oneDNN keeps a compiled product for each shape that it has met, 1,024 of them, and rows of all lengths bring new ones
-# for ever. 128 are as fast and take 0.3 GB less (benchmarks/LOG.md). The variable is read at the first product.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+# Compiled products are kept for each shape, and rows of all lengths bring new ones for ever, which also leave holes in the
+# heap. Twice that many: 1,024 in oneDNN, and again in torch's layer above it. 64 are as fast and take 1.7 GB less
+# (benchmarks/LOG.md). The variables are read at the first product.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "1")
 
 
 @dataclass(frozen=True)
