@@ -29,11 +29,11 @@ class Kernels(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if (flops := flop_registry.get(func.overloadpacket)) is not None:
+        name = func.overloadpacket._qualified_op_name.split("::")[1]
+        if (flops := flop_registry.get(func.overloadpacket)) is not None and "att" not in name:
             self.flops += flops(*args, **(kwargs or {}), out_val=out)
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        is_empty = func.overloadpacket._qualified_op_name.split("::")[1].startswith(("empty", "new_empty", "detach"))
-        if made and not func.is_view and not is_empty:
+        if made and not func.is_view and not name.startswith(("empty", "new_empty", "detach")):
             read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
             self.count += 1
             self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in (*read, *made))

@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 
-from lit_gpt import checkpoint, files, lora, memory, ops, runtime
+from lit_gpt import attention, checkpoint, files, lora, memory, runtime
 from lit_gpt.data import Batch, PreparedSet
 from lit_gpt.lora import LoRASettings
 from lit_gpt.report import table
@@ -48,7 +48,7 @@ def main() -> None:
             return N_TOKENS / statistics.median(seconds[1:])
 
         whole = speed()
-        with mock.patch.object(ops, "attention", without_attention):
+        with mock.patch.object(attention, "attend", without_attention):
             rest = speed()
         setting = memory.Setting(runtime.PRECISIONS["bf16-true"], None, LoRASettings(), batch.lengths or ())
         plan = memory.plan_training(model.config, setting)

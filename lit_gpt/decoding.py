@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from lit_gpt.attention import Layout
 from lit_gpt.cache import KVCache
 from lit_gpt.kernels import block as one_call
 from lit_gpt.kernels import few_tokens, rows, tiles
 from lit_gpt.lora import LoRALinear
 from lit_gpt.model import Block, Rotations
-from lit_gpt.ops import Layout, autocast_dtype
+from lit_gpt.ops import autocast_dtype
 from lit_gpt.quantization import Linear4bit, levels_of
 from lit_gpt.surgery import swap
 

@@ -12,9 +12,9 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 
 from lit_gpt import ops, rope
+from lit_gpt.attention import Layout
 from lit_gpt.generation import Sampler, generate_batch, greedy
 from lit_gpt.inference import Assistant
-from lit_gpt.ops import Layout
 from lit_gpt.report import Progress
 
 OLD_NAMES = {  # the original's spelling -> today's; `*` on the left is carried over

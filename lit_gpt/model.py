@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from lit_gpt import ops, rope
+from lit_gpt import attention, ops, rope
+from lit_gpt.attention import Layout
 from lit_gpt.cache import KVCache
 from lit_gpt.config import Config
-from lit_gpt.ops import Layout
 
 IGNORE_INDEX = -100  # a label that asks nothing
 Rotations = dict[
@@ -179,7 +179,7 @@ class Attention(nn.Module):
             q, k = ops.rotate(q, cos.to(q.dtype), sin.to(q.dtype)), ops.rotate(k, cos.to(k.dtype), sin.to(k.dtype))
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        y = ops.attention(
+        y = attention.attend(
             q, k.to(q.dtype), v, scale=config.scale, layout=layout, window=window, softcap=config.attention_softcap
         )
         return self.proj(y.transpose(1, 2).flatten(2))  # (B, T, C)

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
     from lit_gpt.model import GPT
 
-# Compiled products are kept for each shape, and rows of all lengths bring new ones for ever, which also leave holes in the
-# heap. Twice that many: 1,024 in oneDNN, and again in torch's layer above it. 64 are as fast and take 1.7 GB less
+# A compiled product is kept for each shape, and rows of all lengths bring new ones for ever: 1,024 of them in oneDNN,
+# and once more in torch's layer above it. 128 in one place are as fast and take 1.5 GB less after a hundred steps
 # (benchmarks/LOG.md). The variables are read at the first product.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "1")
 
 
@@ -124,9 +124,9 @@ def compile_blocks(model: "GPT") -> None:
     One block's code serves them all and every length. Attention stays outside, since it splits each batch into other
     rows. To be called when the layers are what they will be.
     """
-    from lit_gpt import ops
+    from lit_gpt import attention
 
-    ops.attention = torch.compiler.disable(ops.attention)
+    attention.attend = torch.compiler.disable(attention.attend)
     for block in model.transformer.h:
         block.forward = torch.compile(block.forward, dynamic=True)
 

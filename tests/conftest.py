@@ -12,6 +12,9 @@ from types import ModuleType
 import pytest
 import torch
 
+from lit_gpt import ops
+from lit_gpt.kernels import rows
+
 ROOT = Path(__file__).parents[1]
 STORIES = ROOT / "tests" / "assets" / "stories260K"
 SHARED = ROOT.parent / "shared" / "data"
@@ -39,6 +42,17 @@ def run_script(name: str, *flags: object, check: bool = True) -> "subprocess.Com
     if check and done.returncode:
         raise AssertionError(f"{name} {flags} gave {done.returncode}:\n{done.stderr}")
     return done
+
+
+@pytest.fixture(params=["in C", "in torch"])
+def body(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which bodies are used."""
+    if request.param == "in torch":
+        monkeypatch.setattr(ops, "in_c", lambda x: False)
+    elif not rows.available():
+        pytest.skip("no C compiler")
+    torch.manual_seed(0)
+    return request.param
 
 
 @pytest.fixture(scope="session")

@@ -3,36 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from bodies import both
 
 from lit_gpt import lora, ops, rope
-from lit_gpt.kernels import rows
 from lit_gpt.lora import LoRALinear, LoRASettings
-from lit_gpt.ops import Layout
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}  # of the largest number
-
-
-def both(fast, plain, *inputs: torch.Tensor, tolerance: float | None = None) -> None:
-    """Same outputs, and same gradients for one random seed of the way back."""
-    results = []
-    for function in (fast, plain):
-        leaves = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
-        out = function(*leaves)
-        out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype))
-        results.append([out.detach(), *(leaf.grad for leaf in leaves if leaf.requires_grad)])
-    for got, expected in zip(*results, strict=True):
-        limit = TOLERANCE[expected.dtype] if tolerance is None else tolerance
-        assert (got - expected).abs().max() <= limit * expected.abs().max()
-
-
-@pytest.fixture(autouse=True, params=["in C", "in torch"])
-def body(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "in torch":
-        monkeypatch.setattr(ops, "in_c", lambda x: False)
-    elif not rows.available():
-        pytest.skip("no C compiler")
-    torch.manual_seed(0)
-    return request.param
+pytestmark = pytest.mark.usefixtures("body")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -62,102 +38,6 @@ def test_rotation(share: int, dtype: torch.dtype) -> None:
     cos, sin = (t.to(dtype) for t in rope.table(torch.arange(9)[None], share, 1e4, None, 64, 9))
     x = torch.randn(2, 9, 3, 16, dtype=dtype).transpose(1, 2).requires_grad_()
     both(lambda x: ops.rotate(x, cos, sin), lambda x: ops.rotate_reference(x, cos, sin), x)
-
-
-def reference_attention(lengths, scale, window=None, branch=None):
-    """Row by row in float64, with the definition written out; `branch` is a number for each token of one row."""
-
-    def attend(q, k, v):
-        out = []
-        for a, b, c in zip(*(x.double().split(list(lengths), dim=2) for x in (q, k, v)), strict=True):
-            keys, values = (x.repeat_interleave(a.shape[1] // x.shape[1], dim=1) for x in (b, c))
-            hidden = torch.ones(a.shape[2], a.shape[2], dtype=torch.bool).triu(1)
-            if window is not None:
-                hidden |= torch.ones_like(hidden).tril(-window)
-            if branch is not None:
-                hidden |= (branch != 0) & (branch != branch[:, None])
-            out.append((a @ keys.mT * scale).masked_fill(hidden, float("-inf")).softmax(-1) @ values)
-        return torch.cat(out, dim=2)
-
-    return attend
-
-
-@pytest.mark.parametrize("lengths", [(5,), (256,), (257,), (300, 1, 520, 256)])
-@pytest.mark.parametrize("groups", [1, 2, 6])
-def test_attention_in_blocks(lengths: tuple[int, ...], groups: int) -> None:
-    layout = Layout.of(torch.zeros(1, sum(lengths), dtype=torch.long), lengths)
-    q, k, v = (torch.randn(1, sum(lengths), n, 16).transpose(1, 2) for n in (6, groups, groups))
-
-    def fast(q, k, v):
-        return ops._CPUAttention.apply(q, k, v, 0.3, None, layout)
-
-    def through_ops(q, k, v):
-        return ops.attention(q, k, v, scale=0.3, layout=layout)
-
-    reference = reference_attention(lengths, 0.3)
-    both(fast, lambda *a: reference(*a).float(), *(x.requires_grad_() for x in (q, k, v)))
-    both(through_ops, reference, *(x.detach().double().requires_grad_() for x in (q, k, v)), tolerance=1e-12)
-    half = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
-    both(through_ops, lambda *a: reference(*a).bfloat16(), *half)
-    assert "CPUAttention" in type(through_ops(*half).grad_fn).__name__  # so it was the fast body that was tested
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [24, 64, 80])  # of a head: less than two vectors, whole ones, more
-@pytest.mark.parametrize("window", [2, 7, 32, 33])
-def test_attention_within_a_window(window: int, size: int, dtype: torch.dtype) -> None:
-    lengths = (5, 32, 70, 1)
-    layout = Layout.of(torch.zeros(1, sum(lengths), dtype=torch.long), lengths)
-    q, k, v = (torch.randn(1, sum(lengths), n, size, dtype=dtype).transpose(1, 2).requires_grad_() for n in (4, 2, 2))
-    reference = reference_attention(lengths, 0.3, window)
-    both(
-        lambda *a: ops.attention(*a, scale=0.3, layout=layout, window=window),
-        lambda *a: reference(*a).to(dtype),
-        *(q, k, v),
-    )
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_of_branches(dtype: torch.dtype) -> None:
-    branch = torch.tensor([0] * 37 + [1] * 5 + [2] + [3] * 40)
-    q, k, v = (torch.randn(1, 2 * 83, n, 16, dtype=dtype).transpose(1, 2) for n in (4, 2, 2))
-    positions = torch.arange(83).repeat(2)[None]  # any that rise within a branch will do where there is no window
-    ours = ops.attention(q, k, v, scale=0.3, layout=Layout(positions, 83, (83, 83), branch.repeat(2)[None]))
-    expected = reference_attention((83, 83), 0.3, branch=branch)(q, k, v)
-    assert (ours - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
-
-
-def test_attention_of_long_rows_in_bfloat16() -> None:
-    lengths = (ops._CPUAttention.LONGEST_BACK + 7,)
-    layout = Layout.of(torch.zeros(1, *lengths, dtype=torch.long))
-    q, k, v = (torch.randn(1, *lengths, n, 16).bfloat16().transpose(1, 2).requires_grad_() for n in (2, 1, 1))
-    reference = reference_attention(lengths, 0.3)
-    both(lambda *a: ops.attention(*a, scale=0.3, layout=layout), lambda *a: reference(*a).bfloat16(), q, k, v)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (5, 5), (37, 300)])
-def test_causal_softmax_and_its_gradient(dtype: torch.dtype, queries: int, keys: int) -> None:
-    scores = (torch.randn(2, 3 * queries, keys) * 9).to(dtype)
-    hidden = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1).repeat(3, 1)
-
-    class Ours(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            weights = ops.causal_softmax(x.clone(), queries, 0.2)
-            ctx.save_for_backward(weights)
-            return weights
-
-        @staticmethod
-        def backward(ctx, grad):
-            return ops.causal_softmax_backward(grad.clone(), *ctx.saved_tensors, queries, 0.2)
-
-    def plain(x):
-        return (x.float() * 0.2).masked_fill(hidden, float("-inf")).softmax(-1).to(x.dtype)
-
-    both(Ours.apply, plain, scores.requires_grad_())
-    assert not Ours.apply(scores).masked_select(hidden).any()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 3e38])
@@ -195,10 +75,6 @@ def test_numbers_of_kinds_that_the_fast_bodies_do_not_know() -> None:
     torch.testing.assert_close(ops.rms_norm(x, weight.double(), 1e-5), expected)
     torch.testing.assert_close(ops.gated("silu", x[:1], x), F.silu(x[:1]) * x)
     torch.testing.assert_close(ops.gated("silu", x, x.bfloat16()), F.silu(x) * x.bfloat16())
-    scores = torch.randn(3, 5)
-    hidden = torch.ones(3, 5, dtype=torch.bool).triu(3)
-    wanted = (-0.7 * scores).masked_fill(hidden, float("-inf")).softmax(-1)
-    torch.testing.assert_close(ops.causal_softmax(scores.clone(), 3, -0.7), wanted)
 
 
 def test_silu_of_very_negative_numbers_is_nothing() -> None:
@@ -219,52 +95,11 @@ def test_a_label_out_of_range_does_not_go_unseen(body: str) -> None:
     assert gradient.isnan().all(-1).tolist() == [False, True]
 
 
-@pytest.mark.parametrize("lengths", [None, (4, 0, 3)])
-def test_attention_without_tokens(lengths: tuple[int, ...] | None) -> None:
-    n = sum(lengths or ())
-    q, k, v = (torch.randn(1, heads, n, 8) for heads in (4, 2, 2))
-    layout = Layout.of(torch.zeros(1, n, dtype=torch.long), lengths)
-    y = ops.attention(q, k, v, scale=0.3, layout=layout)
-    kept = [length for length in lengths or () if length]
-    expected = reference_attention(kept, 0.3)(q, k, v).float() if kept else q
-    torch.testing.assert_close(y, expected, atol=1e-5, rtol=0)
-
-
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)])
 def test_nothing_is_computed_of_nothing(shape: tuple[int, ...]) -> None:
     x = torch.empty(shape, dtype=torch.bfloat16)
     assert ops.rms_norm(x, torch.ones(8, dtype=torch.bfloat16), 1e-5).shape == shape
     assert ops.gated("silu", x, x).shape == shape
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("window", [None, 1, 4])
-@pytest.mark.parametrize(("heads", "groups", "size"), [(4, 2, 16), (6, 1, 7), (3, 3, 64)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_of_one_cached_query_each(
-    dtype: torch.dtype, heads: int, groups: int, size: int, window: int | None
-) -> None:
-    """Rows of different lengths in one store, whose unused places hold numbers too."""
-    places, capacity = torch.tensor([[6], [0], [10]]), 15
-    q = torch.randn(3, 1, heads, size).to(dtype).transpose(1, 2)
-    keys, values = (torch.randn(3, groups, capacity, size).to(dtype) for _ in range(2))
-    layout = Layout(places, 11, cached=True, ragged=True)
-    y = ops.attention(q, keys[:, :, :11], values[:, :, :11], scale=0.3, layout=layout, window=window)
-    for row, place in enumerate(places[:, 0].tolist()):
-        seen = slice(0 if window is None else max(0, place + 1 - window), place + 1)
-        k, v = (x[row, :, seen].double().repeat_interleave(heads // groups, dim=0) for x in (keys, values))
-        expected = (q[row].double() @ k.mT * 0.3).softmax(-1) @ v
-        assert (y[row].double() - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
-
-
-def test_attention_in_blocks_of_a_padded_batch() -> None:
-    layout = Layout.of(torch.zeros(2, 270, dtype=torch.long))
-    q, k, v = (torch.randn(2, 270, n, 16).transpose(1, 2).requires_grad_() for n in (4, 2, 2))
-    both(
-        lambda *a: ops._CPUAttention.apply(*a, 0.25, None, layout),
-        lambda *a: reference_attention((270,), 0.25)(*a).float(),
-        *(q, k, v),
-    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,7 +9,7 @@ from conftest import run_script
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_gpt import checkpoint, lora, ops, runtime
+from lit_gpt import attention, checkpoint, lora, runtime
 from lit_gpt.args import TrainArgs
 from lit_gpt.data import PreparedSet
 from lit_gpt.lora import LoRASettings
@@ -104,7 +104,7 @@ def test_compiled_blocks_compute_the_same_and_are_not_made_again_for_other_lengt
 ) -> None:
     from torch._dynamo.utils import counters
 
-    monkeypatch.setattr(ops, "attention", ops.attention)  # put back afterwards
+    monkeypatch.setattr(attention, "attend", attention.attend)  # put back afterwards
     states = []
     for compiled in (False, True):
         model = checkpoint.load_model(stories, torch.float32)
