@@ -193,7 +193,7 @@ def _varlen(
 
 def _takes_varlen(q: torch.Tensor, groups: int) -> bool:
     """Whether that kernel is there for such queries (B, H, T, D). On a GPU it has to show first that it is right."""
-    on_gpu = ops.device_of(q) == "cuda" and not torch.compiler.is_compiling()
+    on_gpu = ops.device_of(q) == "cuda" and q.numel() > 0 and not torch.compiler.is_compiling()
     fits = q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] % 8 == 0 and q.shape[3] <= 256
     if not (on_gpu and fits and _kernel_of_varlen()):
         return False
