@@ -27,9 +27,9 @@ from lit_gpt.lora import LoRASettings
 from lit_gpt.model import GPT
 
 PARTS = ("program", "weights", "adapter", "gradients", "optimizer", "cache", "activations", "logits", "workspace")
-# What a CPU run was seen to hold beyond the count, 0.3 to 0.6 GB: glibc's heap has holes that no later block fits into,
-# and libraries grow once they work (benchmarks/planned_memory.py). Small runs leave fewer: three times what passes.
-CPU_HOLES = 400_000_000
+# What a CPU run was seen to hold beyond the count: glibc's heap has holes that no later block fits into, and libraries
+# grow once they work (benchmarks/planned_memory.py). Tiny runs leave fewer: three times what passes.
+CPU_HOLES, CPU_HOLES_OF_PASSING, MOST_CPU_HOLES = 250_000_000, 0.15, 500_000_000  # bytes, a share, bytes
 ROUNDING = 512  # bytes: what CUDA's allocator hands out is a multiple
 
 
@@ -164,7 +164,8 @@ def _by_depth(count: Callable[[Config, Setting], Counter[str]], config: Config, 
         found = {part: size + more * (size - small[part]) for part, size in large.items()}
     if setting.device == "cpu":
         passing = sum(found.get(part, 0) for part in ("activations", "logits", "workspace"))
-        found["program"] = runtime.resident_bytes() + min(CPU_HOLES, 3 * passing)
+        holes = min(3 * passing, CPU_HOLES + int(CPU_HOLES_OF_PASSING * passing), MOST_CPU_HOLES)
+        found["program"] = runtime.resident_bytes() + holes
     return Plan({part: found[part] for part in PARTS if found.get(part)})
 
 
