@@ -218,7 +218,9 @@ def varlen_is_right(device: torch.device, dtype: torch.dtype, heads: int, groups
         return [y, *torch.autograd.grad(y.square().sum(), leaves)]
 
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        # What it keeps for its way back must not come to a checkpointed block that it is held in.
+        apart = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False), apart:
             pairs = [
                 pair
                 for window in (None, 9)

@@ -5,6 +5,7 @@ import torch
 from bodies import TOLERANCE, both
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from lit_gpt import attention, ops
 from lit_gpt.attention import Layout
@@ -253,3 +254,19 @@ def test_torch_kernel_for_all_rows_on_this_gpu(dtype: torch.dtype) -> None:
     if attention._kernel_of_varlen() is None:
         pytest.skip("this torch has no varlen_attn with windows and groups")
     assert attention.varlen_is_right(torch.device("cuda", 0), dtype, 9, 3, 64)
+
+
+def test_the_trial_leaves_activation_checkpointing_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is held within the first block that runs: what it keeps for its own way back is none of the block's."""
+    monkeypatch.setattr(attention, "_kernel_of_varlen", lambda: varlen_as_told)
+    attention.varlen_is_right.cache_clear()
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        y = x.sin()
+        assert attention.varlen_is_right(torch.device("cpu"), torch.bfloat16, 4, 2, 16)
+        return y.exp()
+
+    x = torch.randn(5, requires_grad=True)
+    checkpoint(block, x, use_reentrant=False).sum().backward()
+    attention.varlen_is_right.cache_clear()
+    torch.testing.assert_close(x.grad, x.detach().cos() * x.detach().sin().exp())
