@@ -215,7 +215,7 @@ def varlen_is_right(device: torch.device, dtype: torch.dtype, heads: int, groups
             leaves.append(x.view(1, n, h, size).transpose(1, 2).requires_grad_())
         layout = Layout.of(torch.zeros(1, n, dtype=torch.long, device=device), lengths)
         y = way(*leaves, size**-0.5, window, layout)
-        return [y, *torch.autograd.grad(y.square().sum(), leaves)]
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
 
     try:
         # What it keeps for its way back must not come to a checkpointed block that it is held in.
