@@ -107,15 +107,20 @@ def attend(
     one = layout.cached and layout.ragged and q.shape[2] == 1 and not torch.is_grad_enabled()
     if one and alike and ops.in_c(q) and k.shape[2] * q.shape[1] // k.shape[1] <= rows.WIDEST:
         return rows.attend_one(q, k, v, layout.positions, scale, window)
-    if layout.cached and q.shape[2] != k.shape[2]:
-        return _masked(q, k, v, scale, layout.beyond(window), softcap)
+    cached = layout.cached and q.shape[2] != k.shape[2]
     lengths = list(layout.lengths or (q.shape[2],))
     reach = max(lengths) if window is None else min(window, max(lengths))
     slides = reach < max(lengths)
-    in_one = alike and min(lengths) > 0 and ops.in_c(q) and fused.available()
-    in_one &= not slides or q.dtype == torch.float32 or reach <= _CPUAttention.LONGEST_BACK
+    in_one = alike and not cached and min(lengths) > 0 and ops.in_c(q) and fused.available()
+    in_one &= not slides or _CPUAttention.without_tiles(q) or reach <= _CPUAttention.LONGEST_BACK
+    in_one &= layout.branches is None or not (slides or torch.is_grad_enabled())
+    if not in_one and ops.goes_wide(q):
+        wide = (x.float() for x in (q, k, v))
+        return attend(*wide, scale=scale, layout=layout, window=window, softcap=softcap).to(q.dtype)
+    if cached:
+        return _masked(q, k, v, scale, layout.beyond(window), softcap)
     if layout.branches is not None:
-        if in_one and not slides and not torch.is_grad_enabled():
+        if in_one:
             return fused.attention(q, k, v, lengths, scale, None, layout.branches)
         each = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), layout.apart(window), strict=True)
         return _end_to_end([_masked(q, k, v, scale, hidden, softcap) for q, k, v, hidden in each])
@@ -267,8 +272,13 @@ class _CPUAttention(torch.autograd.Function):
     LONGEST_BACK = 1024  # the same on the way back
 
     @staticmethod
+    def without_tiles(q):
+        return q.dtype == torch.float32 or ops.goes_wide(q)
+
+    @staticmethod
     def in_c(q, window, lengths, longest):
-        return ops.in_c(q) and fused.available() and (window or q.dtype == torch.float32 or max(lengths) <= longest)
+        shorter = window or _CPUAttention.without_tiles(q) or max(lengths) <= longest
+        return ops.in_c(q) and fused.available() and shorter
 
     @staticmethod
     def forward(ctx, q, k, v, scale, window, layout):

@@ -290,7 +290,7 @@ def _load_quantized(
     if not model.config.tie_embeddings:
         expected["lm_head.weight"] = (model.lm_head.weight.shape, None)
     for owner, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and quantization.quantizable(owner, module, quantize):
+        if quantization.quantizable(owner, module, quantize):
             layer = quantization.empty(module.in_features, module.out_features, quantize)
             surgery.put(model, owner, layer)
             del expected[f"{owner}.weight"]

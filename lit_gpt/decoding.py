@@ -11,16 +11,16 @@ from lit_gpt.cache import KVCache
 from lit_gpt.kernels import block as one_call
 from lit_gpt.kernels import few_tokens, rows, tiles
 from lit_gpt.lora import LoRALinear
-from lit_gpt.model import Block, Rotations
+from lit_gpt.model import Block, Linear, Rotations
 from lit_gpt.ops import autocast_dtype
 from lit_gpt.quantization import Linear4bit, levels_of
 from lit_gpt.surgery import swap
 
 
-class FewTokensLinear(nn.Linear):
+class FewTokensLinear(Linear):
     """A frozen bfloat16 layer that reads its weight as fast as memory allows; more tokens are computed as ever."""
 
-    def __init__(self, plain: nn.Linear):
+    def __init__(self, plain: Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = plain.in_features, plain.out_features
         self.weight, self.bias = plain.weight, plain.bias
@@ -167,7 +167,7 @@ def lay_out(model: nn.Module) -> None:
     """
     swap(
         model,
-        lambda name, module: type(module) is nn.Linear and module.weight.dtype == torch.bfloat16,
+        lambda name, module: type(module) is Linear and module.weight.dtype == torch.bfloat16,
         lambda name, module: FewTokensLinear(module),  # type: ignore[arg-type]
     )
     swap(

@@ -79,11 +79,12 @@ class LoRALinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.base(x)
         p = self.dropout if self.training else 0.0
-        return _Update.apply(y, x.to(y.dtype), self.lora_A, self.lora_B, self.scaling, p)
+        with torch.autocast(x.device.type, enabled=False):  # it rounds by itself
+            return _Update.apply(y, x.to(y.dtype), self.lora_A, self.lora_B, self.scaling, p)
 
     def merged(self) -> nn.Linear:
         """The plain layer with the update in its weight, in the base's precision. ValueError for a quantized base."""
-        if type(self.base) is not nn.Linear:
+        if not self.base.weight.is_floating_point():
             raise ValueError(
                 "a quantized layer cannot take the update in; scripts/merge_lora.py merges into full weights"
             )
@@ -101,13 +102,15 @@ class _Update(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, x, a, b, scaling, p):
         drawn = ops.draw_dropout(x, p) if p else None
-        a_used, b_used = (a / (1 - p)).to(x.dtype), (b * scaling).to(x.dtype)
+        a_used, b_used = (ops.widened(factor.to(x.dtype)) for factor in (a / (1 - p), b * scaling))
         seen = x if drawn is None else ops.dropped(x, drawn, p)
-        low = F.linear(seen.flatten(0, -2), a_used)  # (n, r)
+        low = F.linear(ops.widened(seen.flatten(0, -2)), a_used)  # (n, r)
+        flat, wide = y.flatten(0, -2), low.dtype != y.dtype
         if torch.compiler.is_compiling():  # which decides itself what to write over, and fails for a layer with a bias
-            y = torch.addmm(y.flatten(0, -2), low, b_used.t()).view_as(y)
+            y = (flat + low @ b_used.t()).to(y.dtype) if wide else torch.addmm(flat, low, b_used.t())
+            y = y.view(*x.shape[:-1], -1)
         else:
-            y.flatten(0, -2).addmm_(low, b_used.t())
+            flat.add_(low @ b_used.t()) if wide else flat.addmm_(low, b_used.t())
             ctx.mark_dirty(y)
         ctx.save_for_backward(x, drawn, low, a_used, b_used)
         ctx.scaling, ctx.p = scaling, p
@@ -116,14 +119,14 @@ class _Update(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, drawn, low, a_used, b_used = ctx.saved_tensors
-        flat = grad.flatten(0, -2)
+        flat = ops.widened(grad.flatten(0, -2))
         d_low = flat @ b_used
         d_b = (flat.t() @ low).float().mul_(ctx.scaling)
         seen = x if drawn is None else ops.dropped(x, drawn, ctx.p)
-        d_a = (d_low.t() @ seen.flatten(0, -2)).float().div_(1 - ctx.p)
+        d_a = (d_low.t() @ ops.widened(seen.flatten(0, -2))).float().div_(1 - ctx.p)
         d_x = None
         if ctx.needs_input_grad[1]:
-            d_x = (d_low @ a_used).view(x.shape)
+            d_x = (d_low @ a_used).to(x.dtype).view(x.shape)
             d_x = d_x if drawn is None else ops.dropped(d_x, drawn, ctx.p, inplace=True)
         return grad, d_x, d_a, d_b, None, None
 

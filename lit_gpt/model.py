@@ -26,7 +26,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = Transformer(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=config.head_bias)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=config.head_bias)
         self.tie()
 
     def tie(self) -> None:
@@ -154,10 +154,10 @@ class Attention(nn.Module):
         super().__init__()
         width, kv_width = config.n_head * config.head_size, config.n_query_groups * config.head_size
         self.config, self.layer = config, layer
-        self.q = nn.Linear(config.n_embd, width, bias=config.qkv_bias)
-        self.k = nn.Linear(config.n_embd, kv_width, bias=config.qkv_bias)
-        self.v = nn.Linear(config.n_embd, kv_width, bias=config.qkv_bias)
-        self.proj = nn.Linear(width, config.n_embd, bias=config.proj_bias)
+        self.q = Linear(config.n_embd, width, bias=config.qkv_bias)
+        self.k = Linear(config.n_embd, kv_width, bias=config.qkv_bias)
+        self.v = Linear(config.n_embd, kv_width, bias=config.qkv_bias)
+        self.proj = Linear(width, config.n_embd, bias=config.proj_bias)
         if config.qk_norm is not None:
             per_head = config.qk_norm == "head"
             self.norm_q = make_norm(config, config.head_size if per_head else width)
@@ -185,13 +185,20 @@ class Attention(nn.Module):
         return self.proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
 
+class Linear(nn.Linear):
+    """torch's, computed by `ops.linear`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.linear(x, self.weight, self.bias)
+
+
 class PlainMLP(nn.Module):
     """Two layers with an activation between."""
 
     def __init__(self, config: Config):
         super().__init__()
-        self.fc = nn.Linear(config.n_embd, config.intermediate_size, bias=config.mlp_bias)
-        self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.mlp_bias)
+        self.fc = Linear(config.n_embd, config.intermediate_size, bias=config.mlp_bias)
+        self.proj = Linear(config.intermediate_size, config.n_embd, bias=config.mlp_bias)
         self.activation = ops.ACTIVATIONS[config.activation]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -204,9 +211,9 @@ class GatedMLP(nn.Module):
     def __init__(self, config: Config, size: int | None = None):
         super().__init__()
         size = config.intermediate_size if size is None else size
-        self.gate = nn.Linear(config.n_embd, size, bias=config.mlp_bias)
-        self.up = nn.Linear(config.n_embd, size, bias=config.mlp_bias)
-        self.proj = nn.Linear(size, config.n_embd, bias=config.mlp_bias)
+        self.gate = Linear(config.n_embd, size, bias=config.mlp_bias)
+        self.up = Linear(config.n_embd, size, bias=config.mlp_bias)
+        self.proj = Linear(size, config.n_embd, bias=config.mlp_bias)
         self.activation = config.activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -218,7 +225,7 @@ class MoE(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.router = nn.Linear(config.n_embd, config.n_expert, bias=False)
+        self.router = Linear(config.n_embd, config.n_expert, bias=False)
         self.experts = nn.ModuleList(GatedMLP(config, config.expert_size) for _ in range(config.n_expert))
         self.n_chosen, self.norm_topk = config.n_expert_per_token, config.expert_norm_topk
 

@@ -43,6 +43,76 @@ def in_c(x: torch.Tensor) -> bool:
     return fits and not torch.compiler.is_compiling() and rows.available()
 
 
+# 16-bit numbers for which torch has no products on this CPU but its last resort, a tenth to a hundredth as fast.
+SLOW = frozenset(
+    dtype
+    for dtype, kernels in ((torch.bfloat16, "_is_mkldnn_bf16_supported"), (torch.float16, "_is_mkldnn_fp16_supported"))
+    if not (torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, kernels)())
+)
+WIDENED = 2**20  # numbers of a weight that are float32 at a time: they stay in the cache
+
+
+def goes_wide(x: torch.Tensor) -> bool:
+    """Whether products of x are computed in float32, and rounded once."""
+    return x.dtype in SLOW and device_of(x) == "cpu"
+
+
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """x as it is multiplied fastest: itself, or in float32."""
+    return x.float() if goes_wide(x) else x
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x (..., in) weight^T + bias, (..., out). Like torch's it keeps x only where the weight trains."""
+    dtype = autocast_dtype(x)
+    if dtype not in SLOW or device_of(x) != "cpu" or x.numel() == x.shape[-1]:  # one token: the weight is read once
+        return F.linear(x, weight, bias)
+    x, weight = x.to(dtype), weight.to(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        y: torch.Tensor = _WideLinear.apply(x, weight) if torch.is_grad_enabled() else _wide_linear(x, weight)
+        return y if bias is None else y + bias.to(dtype)
+
+
+def linear_backward(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """grad (..., out) weight, (..., in): the gradient of `linear`'s x."""
+    if not goes_wide(grad):
+        return grad @ weight
+    flat = grad.flatten(0, -2)
+    total = torch.zeros(len(flat), weight.shape[1], dtype=torch.float32, device=grad.device)
+    for rows_of, part in _pieces(weight):
+        total.addmm_(flat[:, rows_of].float(), part)
+    return total.to(grad.dtype).view(*grad.shape[:-1], weight.shape[1])
+
+
+def _wide_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    wide, y = x.float(), x.new_empty(*x.shape[:-1], len(weight))
+    for rows_of, part in _pieces(weight):
+        y[..., rows_of] = wide @ part.t()
+    return y
+
+
+def _pieces(weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Some rows of a weight in float32 at a time, and which they are."""
+    step = max(1, WIDENED // weight.shape[1])
+    for start in range(0, len(weight), step):
+        yield slice(start, start + step), weight[start : start + step].float()
+
+
+class _WideLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return _wide_linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        d_x = linear_backward(grad, weight) if ctx.needs_input_grad[0] else None
+        if x is None:
+            return d_x, None
+        return d_x, (grad.flatten(0, -2).float().t() @ x.flatten(0, -2).float()).to(weight.dtype)
+
+
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / rms(x) * weight over the last axis (Zhang & Sennrich 2019, arXiv:1910.07467), computed in float32."""
     return (F.rms_norm(x.float(), x.shape[-1:], eps=eps) * weight.float()).to(x.dtype)
@@ -265,8 +335,10 @@ class _HeadLoss(torch.autograd.Function):
                 parts = [part for part in sums if part is not None]
                 if needed[0]:
                     parts[0] = parts[0][start : start + chunk]
-                for part, grad in zip(parts, torch.autograd.grad(logits, leaves, d_logits), strict=True):
-                    part += grad
+                with torch.autocast(x.device.type, enabled=False):  # as on every way back
+                    gradients = torch.autograd.grad(logits, leaves, d_logits)
+                for part, gradient in zip(parts, gradients, strict=True):
+                    part += gradient
         ctx.save_for_backward(*sums)
         return total
 

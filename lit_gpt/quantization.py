@@ -11,8 +11,9 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from lit_gpt import ops
 
 BLOCK = 64  # numbers that share a scale
 NESTED_BLOCK = 256  # scales that share a scale, with -dq
@@ -51,7 +52,7 @@ def quantizable(name: str, module: nn.Module, kind: str = "") -> bool:
     The head, whose errors nothing after it evens out, only if the kind says so.
     """
     named = (name != "lm_head" or kind.endswith(HEAD)) and not name.endswith("router")
-    return type(module) is nn.Linear and named
+    return isinstance(module, nn.Linear) and not isinstance(module, QuantizedLinear) and named
 
 
 def quantize(weight: torch.Tensor, kind: str) -> "QuantizedLinear":
@@ -119,12 +120,12 @@ class _FrozenMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer, dtype):
         ctx.layer, ctx.dtypes = layer, (x.dtype, dtype)
-        return F.linear(x.to(dtype), layer.dense(dtype))
+        return ops.linear(x.to(dtype), layer.dense(dtype))
 
     @staticmethod
     def backward(ctx, grad):
         x_dtype, dtype = ctx.dtypes
-        return (grad.to(dtype) @ ctx.layer.dense(dtype)).to(x_dtype), None, None
+        return ops.linear_backward(grad.to(dtype), ctx.layer.dense(dtype)).to(x_dtype), None, None
 
 
 class Linear8bit(QuantizedLinear):

@@ -29,7 +29,7 @@ MAY_IMPORT = {  # what a room may import of the package; those not named see eve
     "resume": {"files", "report", "training"},
     "rope": set(),
     "runtime": {"attention", "model"},  # model for the type checker only; attention is what torch's compiler leaves out
-    "quantization": set(),
+    "quantization": {"ops"},
     "surgery": set(),
     "words": set(),
     "workers": set(),

@@ -32,6 +32,42 @@ def test_gated_silu(dtype: torch.dtype) -> None:
     both(lambda *a: ops.gated("silu", *a), ops.gated_silu_reference, gate, up)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("shape", [(2, 7, 24), (1, 1, 24), (0, 24)])
+def test_linear_is_the_definition(
+    shape: tuple[int, ...], trains: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "WIDENED", 100)  # 13 rows are four pieces
+    x, weight, bias = (torch.randn(size, dtype=dtype, requires_grad=True) for size in (shape, (13, 24), (13,)))
+    y = ops.linear(x, weight.requires_grad_(trains), bias)
+    y.backward(seed := torch.randn_like(y))
+    exact = [t.detach().double().requires_grad_(t.requires_grad) for t in (x, weight, bias)]
+    expected = F.linear(*exact)
+    expected.backward(seed.double())
+    assert y.dtype == dtype
+    for got, wanted in ((y, expected), *((a.grad, b.grad) for a, b in zip((x, weight, bias), exact, strict=True))):
+        assert (got is None) == (wanted is None)
+        if got is not None and wanted is not None:
+            largest = wanted.abs().max() if wanted.numel() else 0
+            assert ((got.double() - wanted).abs() <= 2 * torch.finfo(dtype).eps * largest).all()
+
+
+def test_linear_rounds_under_autocast_as_torch_does(body: str) -> None:
+    x, weight, bias = torch.randn(3, 7, 24), torch.randn(13, 24, requires_grad=True), torch.randn(13)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ops.linear(x, weight, bias)
+        expected = F.linear(x, weight, bias)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected, rtol=2**-7, atol=2**-7)
+    if body == "wide":
+        assert "WideLinear" in type(y.grad_fn.next_functions[0][0]).__name__  # so it was this that was tested
+    y.float().sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32
+    torch.testing.assert_close(weight.grad, x.bfloat16().float().sum((0, 1)).expand(13, -1), rtol=2**-7, atol=2**-5)
+
+
 @pytest.mark.parametrize("share", [16, 8, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rotation(share: int, dtype: torch.dtype) -> None:

@@ -20,6 +20,7 @@ from lit_gpt.args import EvalArgs, TrainArgs
 from lit_gpt.checkpoint import Adapter
 from lit_gpt.inference import Assistant
 from lit_gpt.interop.bnb import FourBitSource
+from lit_gpt.model import Linear
 from lit_gpt.quantization import Linear4bit
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -98,7 +99,7 @@ def test_layers_stay_in_4_bits_with_the_very_numbers(name: str, made: Path) -> N
             continue
         layer = layers[owner]
         if owner == "lm_head" or (".mlp." in owner and twin == "mixtral"):  # transformers leaves them alone
-            assert type(layer) is nn.Linear
+            assert type(layer) is Linear
             continue
         assert isinstance(layer, Linear4bit)
         assert torch.equal(layer.dense(torch.float32), tensor)
@@ -189,7 +190,7 @@ def test_blocks_and_bytes_of_other_sizes(twin: str, block: int, storage: torch.d
     after = checkpoint.load_model(tmp_path / "m", torch.float32, quantize="bnb.nf4")
     kinds = [{name: type(module) for name, module in model.named_modules()} for model in (before, after)]
     assert kinds[0] == kinds[1]
-    assert kinds[0]["lm_head"] is nn.Linear
+    assert kinds[0]["lm_head"] is Linear
     assert before.get_submodule("transformer.h.0.attn.q").block == 64
 
 

@@ -8,11 +8,12 @@ import torch
 from conftest import STORIES, load_script, run_script
 from twins import make_twin
 
-from lit_gpt import checkpoint, files, lora, quantization
+from lit_gpt import checkpoint, files, lora, ops, quantization
 from lit_gpt.args import EvalArgs, TrainArgs
 from lit_gpt.checkpoint import Adapter
 from lit_gpt.inference import Assistant
 from lit_gpt.lora import LoRASettings
+from lit_gpt.model import Linear
 
 pytest.importorskip("bitsandbytes")
 SHAPES = [(64, 64), (96, 128), (32, 172), (33, 50), (128, 48), (7, 63), (5, 16), (300, 896)]  # (out, in)
@@ -70,8 +71,9 @@ def test_forward_and_backward_are_dequantise_then_matmul(shape: tuple, kind: str
     reference = x.detach().clone().requires_grad_()
     seed = torch.randn(6, shape[0], dtype=dtype)
     layer(x).backward(seed)
-    torch.nn.functional.linear(reference, weight).backward(seed)
-    assert torch.equal(layer(x), torch.nn.functional.linear(reference, weight))
+    expected = torch.nn.functional.linear(ops.widened(reference), ops.widened(weight)).to(dtype)
+    expected.backward(seed)
+    assert torch.equal(layer(x), expected)
     assert torch.equal(x.grad, reference.grad)
 
 
@@ -243,7 +245,7 @@ def test_the_head_is_quantized_if_the_kind_says_so(kind: str, tmp_path: Path) ->
     plain, without, with_head = (
         checkpoint.load_model(tmp_path, torch.float32, quantize=quantize) for quantize in (None, kind, f"{kind}+head")
     )
-    assert type(without.lm_head) is torch.nn.Linear
+    assert type(without.lm_head) is Linear
     expected = quantization.quantize(plain.lm_head.weight, kind)
     assert torch.equal(with_head.lm_head.dense(torch.float32), expected.dense(torch.float32))
     assert torch.equal(with_head.transformer.wte.weight, plain.transformer.wte.weight)
@@ -268,7 +270,7 @@ def test_a_quantized_head_is_kept_beside_the_checkpoint(tmp_path: Path) -> None:
     assert isinstance(kept.lm_head, quantization.Linear4bit)
     with torch.no_grad():
         assert torch.equal(kept(tokens), fresh(tokens))
-    assert type(checkpoint.load_model(tmp_path, torch.bfloat16, quantize="bnb.nf4").lm_head) is torch.nn.Linear
+    assert type(checkpoint.load_model(tmp_path, torch.bfloat16, quantize="bnb.nf4").lm_head) is Linear
 
 
 @pytest.mark.parametrize("lora_head", [False, True])
