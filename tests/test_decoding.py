@@ -1,20 +1,35 @@
 """A model laid out for one-token steps says what it said before."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import nn
 
-from lit_gpt import decoding, lora, quantization
+from lit_gpt import decoding, kernels, lora, quantization
 from lit_gpt.cache import KVCache
 from lit_gpt.config import Config
 from lit_gpt.generation import decode_step, prefill
 from lit_gpt.kernels import block as one_call
 from lit_gpt.kernels import few_tokens, tiles
 from lit_gpt.lora import LoRASettings
-from lit_gpt.model import GPT
+from lit_gpt.model import GPT, Linear
 from lit_gpt.surgery import swap
 
-needs_kernel = pytest.mark.skipif(not few_tokens.available(), reason="no AVX512-BF16, or no C compiler")
+needs_kernel = pytest.mark.skipif(not few_tokens.available(), reason="neither AVX2 nor AVX512, or no C compiler")
+LIBRARIES = (kernels.compiled, few_tokens._library, one_call._library, tiles._library)
+
+
+@pytest.fixture(autouse=True, params=sorted({kernels.processor(), "AVX2"} & {*kernels.PROCESSORS}) or ["none"])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This one, and as if it were one with less."""
+    if request.param != kernels.processor():
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+    for library in LIBRARIES:
+        library.cache_clear()
+    yield
+    for library in LIBRARIES:
+        library.cache_clear()
 
 
 @needs_kernel
@@ -114,7 +129,7 @@ def test_the_laid_out_model_agrees(kind: str | None, prompts: list[list[int]]) -
     model = tiny(kind)
     before = steps(model, prompts)
     decoding.lay_out(model)
-    assert not any(type(module) is nn.Linear for module in model.modules())
+    assert not any(type(module) is Linear for module in model.modules())
     torch.testing.assert_close(steps(model, prompts), before, atol=0.03, rtol=0)  # numbers of size 1: seen 0.008
 
 

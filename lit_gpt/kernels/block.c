@@ -1,5 +1,5 @@
 /* Cached tokens through a whole block of Llama's kind, since starting two dozen operators costs as much as reading a small
-   model's weights does. For CPUs with AVX512-BF16; compiled on first use, see __init__.py. */
+   model's weights does. For CPUs with AVX2 or AVX512-BF16; compiled on first use, see __init__.py. */
 
 #include "few_tokens.c"
 #include "rows.c"
@@ -23,22 +23,22 @@ typedef struct {
 
 /* One token. */
 
-TARGET static inline float weight_dot(const Weight *w, long r, const uint16_t *x) {  /* x as `arranged` */
+static inline float weight_dot(const Weight *w, long r, const uint16_t *x) {  /* x as `arranged` */
     if (!w->scales) return dot(w->k, (const uint16_t *)w->numbers + r * w->k, x);
     float out;
-    __m512i table = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)w->levels));
+    Levels table = levels_in(w->levels);
     row(1, w->k, w->block, x, (const uint8_t *)w->numbers + r * (w->k / 2), w->scales + r * (w->k / w->block), table, &out);
     return out;
 }
 
 /* Number r of W x, plus the update's from low = A x if there is one. */
-TARGET static inline uint16_t result(const Weight *w, long r, const uint16_t *x, const uint16_t *low) {
+static inline uint16_t result(const Weight *w, long r, const uint16_t *x, const uint16_t *low) {
     uint16_t y = to_bf16(weight_dot(w, r, x));
     return w->rank ? to_bf16(from_bf16(y) + dot(w->rank, w->b + r * w->rank, low)) : y;
 }
 
 /* low = A x of a weight's update, shared out to threads that do not wait for one another; x as it is. */
-TARGET static void lowered(const Weight *w, const uint16_t *x, uint16_t *low) {
+static void lowered(const Weight *w, const uint16_t *x, uint16_t *low) {
 #pragma omp for schedule(static) nowait
     for (long r = 0; r < w->rank; r++) low[r] = to_bf16(dot(w->k, w->a + r * w->k, x));
 }
@@ -67,8 +67,8 @@ static void turned(long n, const uint16_t *cos, const uint16_t *sin, uint16_t *x
 }
 
 /* y (size) = softmax(scale * keys q) values, of `seen` keys and values (seen, size). */
-TARGET static void attended(long seen, long size, float scale, const uint16_t *q, const uint16_t *keys,
-                            const uint16_t *values, uint16_t *y) {
+static void attended(long seen, long size, float scale, const uint16_t *q, const uint16_t *keys, const uint16_t *values,
+                     uint16_t *y) {
     float weights[seen], sums[size], most = -INFINITY, total = 0;
     for (long s = 0; s < seen; s++) {
         weights[s] = dot(size, keys + s * size, q) * scale;
@@ -83,8 +83,8 @@ TARGET static void attended(long seen, long size, float scale, const uint16_t *q
 
 /* y (q.k) is x (q.k) after the block; the token's key and value are stored at `position` of keys and values
    (groups, capacity, size). cos and sin (n) are its angles. */
-TARGET void one_token_block(const Block *b, const uint16_t *x, const uint16_t *cos, const uint16_t *sin, long n,
-                            uint16_t *keys, uint16_t *values, long capacity, long position, uint16_t *y, long threads) {
+void one_token_block(const Block *b, const uint16_t *x, const uint16_t *cos, const uint16_t *sin, long n, uint16_t *keys,
+                     uint16_t *values, long capacity, long position, uint16_t *y, long threads) {
     long width = b->q.k, size = b->size, inner = b->gate.n, per_group = b->heads / b->groups;
     uint16_t q[b->q.n], heads[b->q.n], middle[width], hidden[inner];
     /* One more than there are: an array has to have some. */

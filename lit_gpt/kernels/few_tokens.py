@@ -5,7 +5,7 @@ from functools import cache
 
 import torch
 
-from lit_gpt.kernels import compiled
+from lit_gpt.kernels import PROCESSORS, compiled, processor
 
 MOST_TOKENS = 4  # for bfloat16: with more, matrix tiles are faster and torch's products as fast
 MOST_TOKENS_4BIT = 16
@@ -13,7 +13,7 @@ MOST_TOKENS_4BIT = 16
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    library = compiled("few_tokens") if torch.cpu._is_avx512_bf16_supported() else None
+    library = compiled("few_tokens") if processor() in PROCESSORS else None
     if library is not None:
         number, pointer = ctypes.c_long, ctypes.c_void_p
         library.few_tokens_4bit.argtypes = [number] * 4 + [pointer] * 5 + [number]
