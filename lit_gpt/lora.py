@@ -79,8 +79,7 @@ class LoRALinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.base(x)
         p = self.dropout if self.training else 0.0
-        with torch.autocast(x.device.type, enabled=False):  # it rounds by itself
-            return _Update.apply(y, x.to(y.dtype), self.lora_A, self.lora_B, self.scaling, p)
+        return _Update.apply(y, x.to(y.dtype), self.lora_A, self.lora_B, self.scaling, p)
 
     def merged(self) -> nn.Linear:
         """The plain layer with the update in its weight, in the base's precision. ValueError for a quantized base."""
@@ -104,14 +103,15 @@ class _Update(torch.autograd.Function):
         drawn = ops.draw_dropout(x, p) if p else None
         a_used, b_used = (ops.widened(factor.to(x.dtype)) for factor in (a / (1 - p), b * scaling))
         seen = x if drawn is None else ops.dropped(x, drawn, p)
-        low = F.linear(ops.widened(seen.flatten(0, -2)), a_used)  # (n, r)
-        flat, wide = y.flatten(0, -2), low.dtype != y.dtype
-        if torch.compiler.is_compiling():  # which decides itself what to write over, and fails for a layer with a bias
-            y = (flat + low @ b_used.t()).to(y.dtype) if wide else torch.addmm(flat, low, b_used.t())
-            y = y.view(*x.shape[:-1], -1)
-        else:
-            flat.add_(low @ b_used.t()) if wide else flat.addmm_(low, b_used.t())
-            ctx.mark_dirty(y)
+        with ops.as_they_are():
+            low = F.linear(ops.widened(seen.flatten(0, -2)), a_used)  # (n, r)
+            flat, wide = y.flatten(0, -2), low.dtype != y.dtype
+            if torch.compiler.is_compiling():  # it decides itself what to write over, and fails for layers with a bias
+                y = (flat + low @ b_used.t()).to(y.dtype) if wide else torch.addmm(flat, low, b_used.t())
+                y = y.view(*x.shape[:-1], -1)
+            else:
+                flat.add_(low @ b_used.t()) if wide else flat.addmm_(low, b_used.t())
+                ctx.mark_dirty(y)
         ctx.save_for_backward(x, drawn, low, a_used, b_used)
         ctx.scaling, ctx.p = scaling, p
         return y
@@ -119,15 +119,16 @@ class _Update(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, drawn, low, a_used, b_used = ctx.saved_tensors
-        flat = ops.widened(grad.flatten(0, -2))
-        d_low = flat @ b_used
-        d_b = (flat.t() @ low).float().mul_(ctx.scaling)
+        flat, d_x = ops.widened(grad.flatten(0, -2)), None
         seen = x if drawn is None else ops.dropped(x, drawn, ctx.p)
-        d_a = (d_low.t() @ ops.widened(seen.flatten(0, -2))).float().div_(1 - ctx.p)
-        d_x = None
-        if ctx.needs_input_grad[1]:
-            d_x = (d_low @ a_used).to(x.dtype).view(x.shape)
-            d_x = d_x if drawn is None else ops.dropped(d_x, drawn, ctx.p, inplace=True)
+        with ops.as_they_are():
+            d_low = flat @ b_used
+            d_b = (flat.t() @ low).float().mul_(ctx.scaling)
+            d_a = (d_low.t() @ ops.widened(seen.flatten(0, -2))).float().div_(1 - ctx.p)
+            if ctx.needs_input_grad[1]:
+                d_x = (d_low @ a_used).to(x.dtype).view(x.shape)
+        if d_x is not None and drawn is not None:
+            d_x = ops.dropped(d_x, drawn, ctx.p, inplace=True)
         return grad, d_x, d_a, d_b, None, None
 
 

@@ -4,7 +4,8 @@ A faster body stands beside its plain twin here, with the same signature, and a 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -62,15 +63,19 @@ def widened(x: torch.Tensor) -> torch.Tensor:
     return x.float() if goes_wide(x) else x
 
 
+def as_they_are() -> AbstractContextManager[object]:
+    """Where products are of the numbers that they are given: autocast would round what was `widened`."""
+    return torch.autocast("cpu", enabled=False)
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x (..., in) weight^T + bias, (..., out). Like torch's it keeps x only where the weight trains."""
     dtype = autocast_dtype(x)
     if dtype not in SLOW or device_of(x) != "cpu" or x.numel() == x.shape[-1]:  # one token: the weight is read once
         return F.linear(x, weight, bias)
     x, weight = x.to(dtype), weight.to(dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        y: torch.Tensor = _WideLinear.apply(x, weight) if torch.is_grad_enabled() else _wide_linear(x, weight)
-        return y if bias is None else y + bias.to(dtype)
+    y: torch.Tensor = _WideLinear.apply(x, weight) if torch.is_grad_enabled() else _wide_linear(x, weight)
+    return y if bias is None else y + bias.to(dtype)
 
 
 def linear_backward(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -78,16 +83,16 @@ def linear_backward(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if not goes_wide(grad):
         return grad @ weight
     flat = grad.flatten(0, -2)
-    total = torch.zeros(len(flat), weight.shape[1], dtype=torch.float32, device=grad.device)
-    for rows_of, part in _pieces(weight):
-        total.addmm_(flat[:, rows_of].float(), part)
+    with as_they_are():
+        total = reduce(torch.Tensor.add_, (flat[:, rows_of].float() @ part for rows_of, part in _pieces(weight)))
     return total.to(grad.dtype).view(*grad.shape[:-1], weight.shape[1])
 
 
 def _wide_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     wide, y = x.float(), x.new_empty(*x.shape[:-1], len(weight))
-    for rows_of, part in _pieces(weight):
-        y[..., rows_of] = wide @ part.t()
+    with as_they_are():
+        for rows_of, part in _pieces(weight):
+            y[..., rows_of] = wide @ part.t()
     return y
 
 
@@ -110,7 +115,8 @@ class _WideLinear(torch.autograd.Function):
         d_x = linear_backward(grad, weight) if ctx.needs_input_grad[0] else None
         if x is None:
             return d_x, None
-        return d_x, (grad.flatten(0, -2).float().t() @ x.flatten(0, -2).float()).to(weight.dtype)
+        with as_they_are():
+            return d_x, (grad.flatten(0, -2).float().t() @ x.flatten(0, -2).float()).to(weight.dtype)
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -335,10 +341,8 @@ class _HeadLoss(torch.autograd.Function):
                 parts = [part for part in sums if part is not None]
                 if needed[0]:
                     parts[0] = parts[0][start : start + chunk]
-                with torch.autocast(x.device.type, enabled=False):  # as on every way back
-                    gradients = torch.autograd.grad(logits, leaves, d_logits)
-                for part, gradient in zip(parts, gradients, strict=True):
-                    part += gradient
+                for part, grad in zip(parts, torch.autograd.grad(logits, leaves, d_logits), strict=True):
+                    part += grad
         ctx.save_for_backward(*sums)
         return total
 
