@@ -103,8 +103,8 @@ def attend(
     `window` positions are visible, the token's own included; `softcap` bounds the scores, c * tanh(s / c).
     """
     alike = softcap is None and k.dtype == v.dtype == q.dtype and k.shape == v.shape
-    # Torch's fused attention is as fast where it needs no mask.
-    one = layout.cached and layout.ragged and q.shape[2] == 1 and not torch.is_grad_enabled()
+    # Torch's fused attention is as fast where it needs no mask and the processor can multiply such numbers.
+    one = layout.cached and (layout.ragged or ops.goes_wide(q)) and q.shape[2] == 1 and not torch.is_grad_enabled()
     if one and alike and ops.in_c(q) and k.shape[2] * q.shape[1] // k.shape[1] <= rows.WIDEST:
         return rows.attend_one(q, k, v, layout.positions, scale, window)
     cached = layout.cached and q.shape[2] != k.shape[2]
@@ -115,8 +115,9 @@ def attend(
     in_one &= not slides or _CPUAttention.without_tiles(q) or reach <= _CPUAttention.LONGEST_BACK
     in_one &= layout.branches is None or not (slides or torch.is_grad_enabled())
     if not in_one and ops.goes_wide(q):
-        wide = (x.float() for x in (q, k, v))
-        return attend(*wide, scale=scale, layout=layout, window=window, softcap=softcap).to(q.dtype)
+        with ops.as_they_are(q):
+            wide = (x.float() for x in (q, k, v))
+            return attend(*wide, scale=scale, layout=layout, window=window, softcap=softcap).to(q.dtype)
     if cached:
         return _masked(q, k, v, scale, layout.beyond(window), softcap)
     if layout.branches is not None:

@@ -12,7 +12,7 @@ from lit_gpt.kernels import block as one_call
 from lit_gpt.kernels import few_tokens, rows, tiles
 from lit_gpt.lora import LoRALinear
 from lit_gpt.model import Block, Linear, Rotations
-from lit_gpt.ops import autocast_dtype
+from lit_gpt.ops import autocast_dtype, goes_wide
 from lit_gpt.quantization import Linear4bit, levels_of
 from lit_gpt.surgery import swap
 
@@ -33,13 +33,17 @@ class FewTokensLinear(Linear):
             return super().forward(x)
         if n_tokens > 1 and tiles.fits(n_tokens, self.weight.shape):
             y = tiles.product(x.reshape(n_tokens, -1), self.weight)
-        elif 0 < n_tokens <= few_tokens.MOST_TOKENS and few_tokens.available():
+        elif 0 < n_tokens <= self._most(x) and few_tokens.available():
             y = few_tokens.product(x.reshape(n_tokens, -1), self.weight)
         elif n_tokens == 1:
             y = torch.mv(self.weight, x.flatten())  # for which torch reads faster than for a matrix of one row
         else:
             return super().forward(x)
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], self.out_features)
+
+    @staticmethod
+    def _most(x: torch.Tensor) -> int:
+        return few_tokens.MOST_TOKENS_WIDE if goes_wide(x) else few_tokens.MOST_TOKENS
 
 
 class FewTokensLinear4bit(nn.Module):

@@ -83,7 +83,7 @@ class LoRALinear(nn.Module):
 
     def merged(self) -> nn.Linear:
         """The plain layer with the update in its weight, in the base's precision. ValueError for a quantized base."""
-        if not self.base.weight.is_floating_point():
+        if not (isinstance(self.base, nn.Linear) and self.base.weight.is_floating_point()):
             raise ValueError(
                 "a quantized layer cannot take the update in; scripts/merge_lora.py merges into full weights"
             )
@@ -103,12 +103,12 @@ class _Update(torch.autograd.Function):
         drawn = ops.draw_dropout(x, p) if p else None
         a_used, b_used = (ops.widened(factor.to(x.dtype)) for factor in (a / (1 - p), b * scaling))
         seen = x if drawn is None else ops.dropped(x, drawn, p)
-        with ops.as_they_are():
+        with ops.as_they_are(x):
             low = F.linear(ops.widened(seen.flatten(0, -2)), a_used)  # (n, r)
-            flat, wide = y.flatten(0, -2), low.dtype != y.dtype
+            flat, shape, wide = y.flatten(0, -2), y.shape, low.dtype != y.dtype
             if torch.compiler.is_compiling():  # it decides itself what to write over, and fails for layers with a bias
                 y = (flat + low @ b_used.t()).to(y.dtype) if wide else torch.addmm(flat, low, b_used.t())
-                y = y.view(*x.shape[:-1], -1)
+                y = y.view(shape)
             else:
                 flat.add_(low @ b_used.t()) if wide else flat.addmm_(low, b_used.t())
                 ctx.mark_dirty(y)
@@ -121,7 +121,7 @@ class _Update(torch.autograd.Function):
         x, drawn, low, a_used, b_used = ctx.saved_tensors
         flat, d_x = ops.widened(grad.flatten(0, -2)), None
         seen = x if drawn is None else ops.dropped(x, drawn, ctx.p)
-        with ops.as_they_are():
+        with ops.as_they_are(x):
             d_low = flat @ b_used
             d_b = (flat.t() @ low).float().mul_(ctx.scaling)
             d_a = (d_low.t() @ ops.widened(seen.flatten(0, -2))).float().div_(1 - ctx.p)

@@ -4,11 +4,12 @@ A faster body stands beside its plain twin here, with the same signature, and a 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import reduce
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensor
 
 from lit_gpt.kernels import rows
 
@@ -44,12 +45,18 @@ def in_c(x: torch.Tensor) -> bool:
     return fits and not torch.compiler.is_compiling() and rows.available()
 
 
-# 16-bit numbers for which torch has no products on this CPU but its last resort, a tenth to a hundredth as fast.
-SLOW = frozenset(
-    dtype
-    for dtype, kernels in ((torch.bfloat16, "_is_mkldnn_bf16_supported"), (torch.float16, "_is_mkldnn_fp16_supported"))
-    if not (torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, kernels)())
-)
+def _slow() -> Iterator[torch.dtype]:
+    known = torch.backends.mkldnn.is_available()
+    # oneDNN takes bfloat16 on every AVX512, but imitates it where the processor has no products of it.
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    imitated = torch.backends.cpu.get_cpu_capability() == "AVX512" and not has_bf16
+    if imitated or not (known and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        yield torch.bfloat16
+    if not (known and torch.ops.mkldnn._is_mkldnn_fp16_supported()):
+        yield torch.float16
+
+
+SLOW = frozenset(_slow())  # what this CPU cannot multiply; torch's last resort is a tenth to a hundredth as fast
 WIDENED = 2**20  # numbers of a weight that are float32 at a time: they stay in the cache
 
 
@@ -63,19 +70,22 @@ def widened(x: torch.Tensor) -> torch.Tensor:
     return x.float() if goes_wide(x) else x
 
 
-def as_they_are() -> AbstractContextManager[object]:
-    """Where products are of the numbers that they are given: autocast would round what was `widened`."""
-    return torch.autocast("cpu", enabled=False)
+def as_they_are(x: torch.Tensor) -> AbstractContextManager[object]:
+    """For products of `widened` numbers, which autocast would round again."""
+    return torch.autocast("cpu", enabled=False) if goes_wide(x) else nullcontext()
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x (..., in) weight^T + bias, (..., out). Like torch's it keeps x only where the weight trains."""
     dtype = autocast_dtype(x)
-    if dtype not in SLOW or device_of(x) != "cpu" or x.numel() == x.shape[-1]:  # one token: the weight is read once
+    if dtype not in SLOW or device_of(x) != "cpu":
         return F.linear(x, weight, bias)
-    x, weight = x.to(dtype), weight.to(dtype)
-    y: torch.Tensor = _WideLinear.apply(x, weight) if torch.is_grad_enabled() else _wide_linear(x, weight)
-    return y if bias is None else y + bias.to(dtype)
+    if not torch.is_grad_enabled():
+        if x.numel() == x.shape[-1]:  # one token needs each number of the weight once, which torch widens as it reads
+            return F.linear(x, weight, bias)
+        return _wide_linear(x.to(dtype), weight.to(dtype), bias)
+    y: torch.Tensor = _WideLinear.apply(x.to(dtype), weight.to(dtype), bias)
+    return y
 
 
 def linear_backward(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -83,40 +93,48 @@ def linear_backward(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if not goes_wide(grad):
         return grad @ weight
     flat = grad.flatten(0, -2)
-    with as_they_are():
+    with as_they_are(grad):
         total = reduce(torch.Tensor.add_, (flat[:, rows_of].float() @ part for rows_of, part in _pieces(weight)))
     return total.to(grad.dtype).view(*grad.shape[:-1], weight.shape[1])
 
 
-def _wide_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _wide_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     wide, y = x.float(), x.new_empty(*x.shape[:-1], len(weight))
-    with as_they_are():
+    with as_they_are(x):
         for rows_of, part in _pieces(weight):
-            y[..., rows_of] = wide @ part.t()
+            product = wide @ part.t()
+            y[..., rows_of] = product if bias is None else product.add_(bias[rows_of])
     return y
 
 
 def _pieces(weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     """Some rows of a weight in float32 at a time, and which they are."""
-    step = max(1, WIDENED // weight.shape[1])
-    for start in range(0, len(weight), step):
+    step = len(weight) if torch.compiler.is_compiling() else max(1, WIDENED // weight.shape[1])
+    # Of the planner's tensors, which have no numbers, one piece tells what all take.
+    stop = step if isinstance(weight, FakeTensor) else len(weight)
+    for start in range(0, stop, step):
         yield slice(start, start + step), weight[start : start + step].float()
 
 
 class _WideLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight):
+    def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return _wide_linear(x, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return _wide_linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        d_x = linear_backward(grad, weight) if ctx.needs_input_grad[0] else None
-        if x is None:
-            return d_x, None
-        with as_they_are():
-            return d_x, (grad.flatten(0, -2).float().t() @ x.flatten(0, -2).float()).to(weight.dtype)
+        d_x, d_weight, d_bias = None, None, None
+        if ctx.needs_input_grad[0]:
+            d_x = linear_backward(grad, weight)
+        if ctx.needs_input_grad[1]:
+            with as_they_are(grad):
+                d_weight = (grad.flatten(0, -2).float().t() @ x.flatten(0, -2).float()).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            d_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return d_x, d_weight, d_bias
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -4,9 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bodies import both
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_gpt import lora, ops, rope
+from lit_gpt.config import Config
 from lit_gpt.lora import LoRALinear, LoRASettings
+from lit_gpt.model import GPT
 
 pytestmark = pytest.mark.usefixtures("body")
 
@@ -61,11 +64,35 @@ def test_linear_rounds_under_autocast_as_torch_does(body: str) -> None:
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y, expected, rtol=2**-7, atol=2**-7)
     if body == "wide":
-        assert "WideLinear" in type(y.grad_fn.next_functions[0][0]).__name__  # so it was this that was tested
+        assert "WideLinear" in type(y.grad_fn).__name__  # so it was this that was tested
     y.float().sum().backward()
     assert weight.grad is not None
     assert weight.grad.dtype == torch.float32
     torch.testing.assert_close(weight.grad, x.bfloat16().float().sum((0, 1)).expand(13, -1), rtol=2**-7, atol=2**-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_nothing_is_multiplied_in_16_bits_where_it_is_slow(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the model's products nor attention's, of any kind, nor what autocast could round again."""
+    monkeypatch.setattr(ops, "SLOW", {torch.bfloat16, torch.float16})
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if any(word in str(func) for word in ("mm", "attention", "matmul")):
+                seen.extend(t.dtype for t in args if isinstance(t, torch.Tensor))
+            return func(*args, **(kwargs or {}))
+
+    for changes in ({}, {"attention_softcap": 5.0, "attention_scale": 0.2}, {"qkv_bias": True, "sliding_window": 3}):
+        model = GPT(Config(block_size=64, vocab_size=96, n_layer=2, n_head=4, n_query_groups=2, n_embd=64, **changes))
+        lora.attach(model, LoRASettings(r=4, targets=("query", "mlp", "head")))
+        tokens = torch.randint(0, 96, (1, 20))
+        with Watch():
+            with torch.autocast("cpu", dtype):
+                loss = model(tokens, labels=tokens, lengths=(12, 8))
+            loss.backward()
+    assert seen
+    assert set(seen) == {torch.float32}
 
 
 @pytest.mark.parametrize("share", [16, 8, 4])

@@ -17,27 +17,25 @@ import torch
 from torch._subclasses import FakeTensor
 
 # What the compiler may use of the processor: what torch's own kernels use of it.
-_AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
-PROCESSORS = {"AVX512-BF16": [*_AVX512, "-mavx512bf16"], "AVX512": _AVX512, "AVX2": ["-mavx2", "-mfma"]}
+PROCESSORS = {
+    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
+    "AVX2": ["-mavx2", "-mfma"],
+}
 TYPES = {"l": ctypes.c_long, "f": ctypes.c_float, "p": ctypes.c_void_p}
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-fopenmp"]
 
 
-def processor() -> str:
-    """Which of `PROCESSORS` this one is, or another name."""
-    known = torch.backends.cpu.get_cpu_capability()
-    return "AVX512-BF16" if known == "AVX512" and torch.cpu._is_avx512_bf16_supported() else known
-
-
 @cache
-def compiled(name: str) -> ctypes.CDLL | None:
+def compiled(name: str, *flags: str) -> ctypes.CDLL | None:
     """The library of `name`.c beside this file, or None, and a warning, where it cannot be had.
+
+    `flags` are more of the compiler's.
 
     It is kept in the user's cache, some 20 KB, under a name that tells source, compiler's command and processor; where
     there is no such folder, it is made for this process alone.
     """
-    source = Path(__file__).with_name(f"{name}.c")
-    command = [*shlex.split(os.environ.get("CC") or "cc"), *FLAGS, *PROCESSORS.get(processor(), [])]
+    source, processor = Path(__file__).with_name(f"{name}.c"), torch.backends.cpu.get_cpu_capability()
+    command = [*shlex.split(os.environ.get("CC") or "cc"), *FLAGS, *PROCESSORS.get(processor, []), *flags]
     sources = b"".join(path.read_bytes() for path in sorted(source.parent.glob("*.[ch]")))  # one may include another
     told = " ".join((*command, platform.machine())).encode() + sources
     file = f"{name}-{hashlib.sha256(told).hexdigest()[:16]}.so"

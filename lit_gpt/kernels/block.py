@@ -5,7 +5,7 @@ from functools import cache
 
 import torch
 
-from lit_gpt.kernels import compiled, few_tokens
+from lit_gpt.kernels import few_tokens
 
 WHOLE = 32  # an update's rank is filled up to a multiple of this
 LONGEST = 2**18  # tokens before a block's one, whose weights a thread's stack holds
@@ -39,7 +39,7 @@ class Block(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    library = compiled("block") if few_tokens.available() else None
+    library = few_tokens.for_this_processor("block") if few_tokens.available() else None
     if library is not None:
         number, pointer = ctypes.c_long, ctypes.c_void_p
         library.one_token_block.argtypes = [pointer] * 4 + [number] + [pointer] * 2 + [number] * 2 + [pointer, number]

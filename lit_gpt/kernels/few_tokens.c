@@ -27,7 +27,7 @@ static inline Numbers some_numbers(const uint16_t *from, long n) { /* the others
 static inline Sums nothing(void) { return _mm512_setzero_ps(); }
 static inline Sums paired(Numbers a, Numbers b, Sums sums) { return _mm512_dpbf16_ps(sums, a, b); }
 static inline Sums scaled(Sums part, float scale, Sums sums) { return _mm512_fmadd_ps(part, _mm512_set1_ps(scale), sums); }
-static inline float in_all(Sums sums) { return _mm512_reduce_add_ps(sums); }
+static inline float summed(Sums sums) { return _mm512_reduce_add_ps(sums); }
 
 /* Twice, so that the lookup's fifth bit may be anything. */
 static inline Levels levels_in(const uint16_t *from) { return _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)from)); }
@@ -55,13 +55,13 @@ static inline Numbers some_numbers(const uint16_t *from, long n) {
     return numbers(some);
 }
 static inline Sums nothing(void) { return _mm256_setzero_ps(); }
-static inline __m256 even(Numbers x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); }
-static inline __m256 odd(Numbers x) { return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32((int)0xffff0000))); }
+static inline __m256 evens(Numbers x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); }
+static inline __m256 odds(Numbers x) { return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32((int)0xffff0000))); }
 static inline Sums paired(Numbers a, Numbers b, Sums sums) {
-    return _mm256_fmadd_ps(odd(a), odd(b), _mm256_fmadd_ps(even(a), even(b), sums));
+    return _mm256_fmadd_ps(odds(a), odds(b), _mm256_fmadd_ps(evens(a), evens(b), sums));
 }
 static inline Sums scaled(Sums part, float scale, Sums sums) { return _mm256_fmadd_ps(part, _mm256_set1_ps(scale), sums); }
-static inline float in_all(Sums sums) {
+static inline float summed(Sums sums) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
@@ -110,7 +110,7 @@ __attribute__((always_inline)) static inline void row(int m, long k, long block,
                 sums[t] = scaled(part + more, *scales, sums[t]);
             }
         }
-    for (int t = 0; t < m; t++) out[t] = in_all(sums[t]);
+    for (int t = 0; t < m; t++) out[t] = summed(sums[t]);
 }
 
 static void even_first(long m, long k, const uint16_t *x, uint16_t *even) {
@@ -150,7 +150,7 @@ static inline float dot(long n, const uint16_t *a, const uint16_t *b) { /* of bf
         more = paired(numbers(a + WIDTH), numbers(b + WIDTH), more);
     }
     for (; n > 0; n -= WIDTH, a += WIDTH, b += WIDTH) sums = paired(some_numbers(a, n), some_numbers(b, n), sums);
-    return in_all(scaled(more, 1, sums));
+    return summed(scaled(more, 1, sums));
 }
 
 /* Four rows of W (4, k) times four tokens, x (4, k); out (4 tokens, n). */
@@ -171,7 +171,7 @@ static void four_by_four(long n, long k, const uint16_t *w, const uint16_t *x, u
         }
     }
     for (int r = 0; r < FOUR; r++)
-        for (int t = 0; t < FOUR; t++) out[t * n + r] = to_bf16(in_all(sums[r][t]));
+        for (int t = 0; t < FOUR; t++) out[t * n + r] = to_bf16(summed(sums[r][t]));
 }
 
 /* y (m, n) = x (m, k) W^T in bfloat16; W (n, k), m at most 4. Returns 0, or 1 if m is larger or there is no memory. */

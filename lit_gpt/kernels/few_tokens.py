@@ -5,15 +5,24 @@ from functools import cache
 
 import torch
 
-from lit_gpt.kernels import PROCESSORS, compiled, processor
+from lit_gpt.kernels import PROCESSORS, compiled
 
-MOST_TOKENS = 4  # for bfloat16: with more, matrix tiles are faster and torch's products as fast
+AT_ONCE = 4  # tokens times a bfloat16 weight
+MOST_TOKENS = AT_ONCE  # for bfloat16: with more, matrix tiles are faster and torch's products as fast
+MOST_TOKENS_WIDE = 4 * AT_ONCE  # where torch's go through float32
 MOST_TOKENS_4BIT = 16
+
+
+def for_this_processor(name: str) -> ctypes.CDLL | None:
+    """The library of a C file that includes few_tokens.c, or None."""
+    known = torch.backends.cpu.get_cpu_capability()
+    dot_products = known == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+    return compiled(name, *(["-mavx512bf16"] if dot_products else [])) if known in PROCESSORS else None
 
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    library = compiled("few_tokens") if processor() in PROCESSORS else None
+    library = for_this_processor("few_tokens")
     if library is not None:
         number, pointer = ctypes.c_long, ctypes.c_void_p
         library.few_tokens_4bit.argtypes = [number] * 4 + [pointer] * 5 + [number]
@@ -28,10 +37,12 @@ def available() -> bool:
 
 
 def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x (m, in) weight^T, (m, out), for m up to `MOST_TOKENS`; only where `available`.
+    """x (m, in) weight^T, (m, out), read once for each `AT_ONCE` tokens; only where `available`.
 
     Both are bfloat16 and on the CPU, and weight (out, in) is contiguous.
     """
+    if len(x) > AT_ONCE:
+        return torch.cat([product(part, weight) for part in x.split(AT_ONCE)])
     library, x, (n, k) = _library(), x.contiguous(), weight.shape
     assert library is not None, "ask available() first"
     assert x.shape[1] == k
