@@ -52,8 +52,8 @@ SYNONYMS = {"32": "32-true", "32-full": "32-true", "16": "16-mixed", "bf16": "bf
 def resolve_precision(name: str | None, *, training: bool) -> Precision:
     """The precision of that name, or the best default of this machine: mixed to train, true to run.
 
-    That is bfloat16 but on GPUs that lack it: a CPU that cannot multiply in it reads and keeps half the bytes all the
-    same, and loses a tenth of its speed at most (`ops.linear`). Raises ValueError that lists the names.
+    That is bfloat16 but on GPUs that lack it. A CPU that cannot multiply in it keeps and reads half the bytes of frozen
+    weights all the same, and trains nearly as fast (`ops.linear`). Raises ValueError that lists the names.
     """
     if name is None:
         lacks = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
