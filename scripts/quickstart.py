@@ -22,7 +22,7 @@ def main(
 ) -> None:
     """The whole job on the real SmolLM2-135M; each step is a command that you could type.
 
-    It takes seven to ten minutes on two cores.
+    It takes six to ten minutes on two cores, and longer on a CPU without AVX512.
 
     Args:
         checkpoint_dir: Where the model goes.
