@@ -278,8 +278,8 @@ class _CPUAttention(torch.autograd.Function):
 
     @staticmethod
     def in_c(q, window, lengths, longest):
-        shorter = window or _CPUAttention.without_tiles(q) or max(lengths) <= longest
-        return ops.in_c(q) and fused.available() and shorter
+        faster = window or _CPUAttention.without_tiles(q) or max(lengths) <= longest
+        return ops.in_c(q) and fused.available() and faster
 
     @staticmethod
     def forward(ctx, q, k, v, scale, window, layout):

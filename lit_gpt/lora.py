@@ -127,8 +127,7 @@ class _Update(torch.autograd.Function):
             d_a = (d_low.t() @ ops.widened(seen.flatten(0, -2))).float().div_(1 - ctx.p)
             if ctx.needs_input_grad[1]:
                 d_x = (d_low @ a_used).to(x.dtype).view(x.shape)
-        if d_x is not None and drawn is not None:
-            d_x = ops.dropped(d_x, drawn, ctx.p, inplace=True)
+                d_x = d_x if drawn is None else ops.dropped(d_x, drawn, ctx.p, inplace=True)
         return grad, d_x, d_a, d_b, None, None
 
 
