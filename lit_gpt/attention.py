@@ -269,12 +269,12 @@ class _CPUAttention(torch.autograd.Function):
     """
 
     BLOCK = 256  # queries; smaller blocks skip more of what is hidden and start more operators
-    LONGEST = 256  # tokens of a row up to which C is faster in bfloat16, for which torch may use tiles
+    LONGEST = 256  # tokens of a row up to which C is faster where torch's products have matrix tiles
     LONGEST_BACK = 1024  # the same on the way back
 
     @staticmethod
     def without_tiles(q):
-        return q.dtype == torch.float32 or ops.goes_wide(q)
+        return q.dtype == torch.float32 or ops.goes_wide(q) or not torch.cpu._is_amx_tile_supported()
 
     @staticmethod
     def in_c(q, window, lengths, longest):

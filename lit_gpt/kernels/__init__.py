@@ -21,40 +21,52 @@ PROCESSORS = {
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
     "AVX2": ["-mavx2", "-mfma"],
 }
+DOT_PRODUCTS = ["-mavx512bf16"]  # of bfloat16, where the processor has them; compilers from before 2020 do not know them
 TYPES = {"l": ctypes.c_long, "f": ctypes.c_float, "p": ctypes.c_void_p}
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-fopenmp"]
 
 
 @cache
-def compiled(name: str, *flags: str) -> ctypes.CDLL | None:
+def compiled(name: str) -> ctypes.CDLL | None:
     """The library of `name`.c beside this file, or None, and a warning, where it cannot be had.
-
-    `flags` are more of the compiler's.
 
     It is kept in the user's cache, some 20 KB, under a name that tells source, compiler's command and processor; where
     there is no such folder, it is made for this process alone.
     """
     source, processor = Path(__file__).with_name(f"{name}.c"), torch.backends.cpu.get_cpu_capability()
-    command = [*shlex.split(os.environ.get("CC") or "cc"), *FLAGS, *PROCESSORS.get(processor, []), *flags]
+    command = [*shlex.split(os.environ.get("CC") or "cc"), *FLAGS, *PROCESSORS.get(processor, [])]
+    why = ""
+    if processor == "AVX512" and torch.cpu._is_avx512_bf16_supported():
+        commands = [[*command, *DOT_PRODUCTS], command]
+    else:
+        commands = [command]
+    for command in commands:
+        try:
+            return _kept(command, source)
+        except subprocess.CalledProcessError as error:
+            lines = error.stderr.decode(errors="replace").splitlines()
+            why = next((line for line in lines if "error" in line), str(error))
+        except OSError as error:
+            why = str(error)
+    logging.getLogger(__name__).warning(
+        "%s cannot be compiled, and this CPU takes longer without it; install a C compiler, or name it in CC (%s)",
+        *(source.name, why),
+    )
+    return None
+
+
+def _kept(command: Sequence[str], source: Path) -> ctypes.CDLL:
+    """The library in the user's cache, made where it is not there. Raises as `_made`."""
     sources = b"".join(path.read_bytes() for path in sorted(source.parent.glob("*.[ch]")))  # one may include another
     told = " ".join((*command, platform.machine())).encode() + sources
-    file = f"{name}-{hashlib.sha256(told).hexdigest()[:16]}.so"
+    file = f"{source.stem}-{hashlib.sha256(told).hexdigest()[:16]}.so"
     try:
-        try:
-            folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_gpt"
-            folder.mkdir(parents=True, exist_ok=True)
-            return _made(command, source, folder / file)
-        except (OSError, RuntimeError):  # no home, or none that may be written to
-            with tempfile.TemporaryDirectory() as private:
-                return _made(command, source, Path(private) / file)
-    except (OSError, subprocess.CalledProcessError) as error:
-        why = error.stderr.decode(errors="replace") if isinstance(error, subprocess.CalledProcessError) else str(error)
-        logging.getLogger(__name__).warning(
-            "%s cannot be compiled, and this CPU takes longer without it; install a C compiler, or name it in CC (%s)",
-            source.name,
-            next((line for line in why.splitlines() if "error" in line), str(error)),
-        )
-        return None
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_gpt"
+        folder.mkdir(parents=True, exist_ok=True)
+        return _made(command, source, folder / file)
+    except (OSError, RuntimeError):  # no home, or none that may be written to
+        with tempfile.TemporaryDirectory() as private:
+            return _made(command, source, Path(private) / file)
 
 
 def _made(command: Sequence[str], source: Path, library: Path) -> ctypes.CDLL:

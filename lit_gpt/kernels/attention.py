@@ -5,6 +5,7 @@ memory. `lengths` are those of rows that lie end to end in the B * T tokens; a t
 """
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import accumulate
 
 import torch
@@ -13,11 +14,20 @@ from lit_gpt.kernels import Functions
 
 AT_ONCE = 32  # queries, and at most the numbers of a head, in the loops in C
 FEW = 8  # rows times groups, below which the heads of a group are shared out too
-_FUNCTIONS = Functions("attention", {"attention": "lllllfpppppppll", "attention_backward": "llllllfpppppppplpll"})
+_FUNCTIONS = Functions("attention", {"attention": "lllllfppppppplll", "attention_backward": "llllllfpppppppplplll"})
 
 
 def available() -> bool:
     return _FUNCTIONS.library is not None
+
+
+@cache
+def in_pairs() -> bool:
+    """Whether the processor is faster at dot products of bfloat16 pairs than at float32.
+
+    AMD's are twice as fast. Those of Intel's that have matrix tiles are half as fast (benchmarks/LOG.md).
+    """
+    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
 def attention(
@@ -36,7 +46,7 @@ def attention(
     sizes = (len(lengths), q.shape[2], k.shape[2], q.shape[3], window or max(lengths))
     _FUNCTIONS.call(
         *("attention", *sizes, scale, _begins(lengths, q), branches, q, k, v, y),
-        *(room := _room(2, 1, max(lengths), q), room.shape[1], q.dtype == torch.bfloat16),
+        *(room := _room(2, 2, max(lengths), q), room.shape[1], q.dtype == torch.bfloat16, in_pairs()),
     )
     return y.transpose(1, 2)
 
@@ -60,7 +70,7 @@ def attention_backward(
     sizes = (len(lengths), heads, groups, parts, size, window or max(lengths))
     _FUNCTIONS.call(
         *("attention_backward", *sizes, scale, _begins(lengths, q), q, k, v, grad, dq, dk, dv, kind == torch.bfloat16),
-        *(room := _room(4, 2, max(lengths), q), room.shape[1], q.dtype == torch.bfloat16),
+        *(room := _room(5, 3, max(lengths), q), room.shape[1], q.dtype == torch.bfloat16, in_pairs()),
     )
     sums = ((x.sum(3) if parts > 1 else x[:, :, :, 0]).to(q.dtype) for x in (dk, dv))
     d_keys, d_values = (x.transpose(1, 2) for x in sums)

@@ -15,9 +15,7 @@ MOST_TOKENS_4BIT = 16
 
 def for_this_processor(name: str) -> ctypes.CDLL | None:
     """The library of a C file that includes few_tokens.c, or None."""
-    known = torch.backends.cpu.get_cpu_capability()
-    dot_products = known == "AVX512" and torch.cpu._is_avx512_bf16_supported()
-    return compiled(name, *(["-mavx512bf16"] if dot_products else [])) if known in PROCESSORS else None
+    return compiled(name) if torch.backends.cpu.get_cpu_capability() in PROCESSORS else None
 
 
 @cache
