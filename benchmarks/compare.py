@@ -2,7 +2,7 @@
 
 Usage: python benchmarks/compare.py PEERS DATA.json [ROUNDS]
 PEERS is a folder that `bash benchmarks/peers/setup.sh PEERS` has made; DATA.json has Alpaca's fields. SmolLM2-135M must
-have been fetched (`make quickstart`). Six minutes a round on two cores. Nothing else should run meanwhile.
+have been fetched (`make quickstart`). Six to ten minutes a round on two cores. Nothing else should run meanwhile.
 """
 
 import json
@@ -69,6 +69,7 @@ def main() -> None:
             "litgpt, bf16": [litgpt, HERE / "peers/train_litgpt.py", litgpt_model, data, PEER_STEPS, "bf16-true"],
             "peft + trl, bf16": [*trl, "bf16"],
             "ours, bf16": [*ours, 4, "bf16-true"],
+            "ours, bf16, micro-batch 2": [*ours, 2, "bf16-true"],
             "ours, bf16, micro-batch 1": [*ours, 1, "bf16-true"],
             "ours, bf16, checkpointing": [*ours, 4, "bf16-true", "--activation_checkpointing=true"],
             "peft + trl, nf4": [*trl, "bf16", 512, "4bit"],

@@ -278,12 +278,13 @@ def draw_dropout(x: torch.Tensor, p: float) -> torch.Tensor:
 def dropped(x: torch.Tensor, drawn: torch.Tensor, p: float, *, inplace: bool = False) -> torch.Tensor:
     """x with zeros where `draw_dropout` says so, each with probability p (on a CPU to within 2 ** -17)."""
     if drawn.ndim == 0 and in_c(x):
-        return rows.dropout(x, drawn, _threshold(p), inplace=inplace)
+        return rows.dropout(x, drawn, dropout_threshold(p), inplace=inplace)
     mask = drawn if drawn.ndim else dropout_mask_reference(x, drawn, p)
     return x.mul_(mask) if inplace else x * mask
 
 
-def _threshold(p: float) -> int:
+def dropout_threshold(p: float) -> int:
+    """The least of 16 random bits, as a whole number, with which a number does not drop."""
     return min(round(p * 65536) - 32768, 32767)
 
 
@@ -298,7 +299,7 @@ def dropout_mask_reference(x: torch.Tensor, seed: torch.Tensor, p: float) -> tor
 
     states = seed + torch.arange(1, -(-x.numel() // 4) + 1, device=x.device) * -0x61C8864680B583EB
     states = mixed(mixed(states, 30) * -0x40A7B892E31B1A47, 27) * -0x6B2FB644ECCEEE15
-    return (mixed(states, 31).view(torch.int16)[: x.numel()] >= _threshold(p)).view(x.shape)
+    return (mixed(states, 31).view(torch.int16)[: x.numel()] >= dropout_threshold(p)).view(x.shape)
 
 
 def head_loss(
@@ -326,11 +327,11 @@ def cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The cross entropies (n,) of logits (n, V) with labels (n,), float32, and their gradient in the logits' precision.
 
-    Each pass over the logits counts: they are the largest tensor of a step.
+    The gradient may take the logits' place: they are the largest tensor of a step, and each pass over them counts.
     """
     if in_c(logits):
         logits = logits.contiguous()
-        gradient = torch.empty_like(logits) if wants_gradient else None
+        gradient = logits if wants_gradient else None
         return rows.cross_entropy(logits, labels.contiguous(), gradient), gradient
     at = labels[:, None]
     wide = logits.to(torch.float32, copy=True).sub_(logits.amax(dim=-1, keepdim=True))

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from lit_gpt.model import GPT
 
 # A compiled product is kept for each shape, and rows of all lengths bring new ones for ever: 1,024 of them in oneDNN,
-# and once more in torch's layer above it. 128 in one place are as fast and take 1.5 GB less after a hundred steps
-# (benchmarks/LOG.md). The variables are read at the first product.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+# and once more in torch's layer above it, in small blocks that cut the heap to pieces. A micro-batch meets 12 to 20.
+# Where products have matrix tiles, attention of long rows is made of them too, and meets more (benchmarks/LOG.md). The
+# variables are read at the first product.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128" if torch.cpu._is_amx_tile_supported() else "32")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "1")
 
 

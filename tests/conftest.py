@@ -6,14 +6,15 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-from lit_gpt import ops
-from lit_gpt.kernels import rows
+from lit_gpt import kernels, ops
+from lit_gpt.kernels import attention, block, few_tokens, lora, rows, tiles
 
 ROOT = Path(__file__).parents[1]
 STORIES = ROOT / "tests" / "assets" / "stories260K"
@@ -54,6 +55,29 @@ def body(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         pytest.skip("no C compiler")
     torch.manual_seed(0)
     return request.param
+
+
+PROCESSOR = torch.backends.cpu.get_cpu_capability()
+LIBRARIES = (kernels.compiled, few_tokens._library, block._library, tiles._library)
+FUNCTIONS = (attention._FUNCTIONS, lora._FUNCTIONS, rows._FUNCTIONS)
+
+
+@pytest.fixture(params=sorted({PROCESSOR, "AVX2"}) if PROCESSOR in kernels.PROCESSORS else [PROCESSOR])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The bodies in C as for this processor, and as for one with less."""
+
+    def forget() -> None:
+        for library in LIBRARIES:
+            library.cache_clear()
+        for functions in FUNCTIONS:
+            vars(functions).pop("library", None)
+
+    if request.param != PROCESSOR:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+        forget()
+    yield
+    if request.param != PROCESSOR:
+        forget()
 
 
 @pytest.fixture(scope="session")

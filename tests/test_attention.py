@@ -9,8 +9,15 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_gpt import attention, ops
 from lit_gpt.attention import Layout
+from lit_gpt.kernels import attention as fused
 
-pytestmark = pytest.mark.usefixtures("body")
+pytestmark = pytest.mark.usefixtures("body", "processor")
+
+
+@pytest.fixture(autouse=True, params=sorted({False, torch.cpu._is_avx512_bf16_supported()}))
+def in_pairs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The body in C multiplies bfloat16 in pairs, and not."""
+    monkeypatch.setattr(fused, "in_pairs", lambda: request.param)
 
 
 def reference_attention(lengths, scale, window=None, branch=None):

@@ -1,9 +1,8 @@
 """A model laid out for one-token steps says what it said before."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
+from conftest import PROCESSOR
 from torch import nn
 
 from lit_gpt import decoding, kernels, lora, quantization
@@ -16,24 +15,11 @@ from lit_gpt.lora import LoRASettings
 from lit_gpt.model import GPT, Linear
 from lit_gpt.surgery import swap
 
-PROCESSOR = torch.backends.cpu.get_cpu_capability()
 # Where it should be there it has to be: a kernel that no longer compiles fails its tests instead of skipping them.
 needs_kernel = pytest.mark.skipif(
     PROCESSOR not in kernels.PROCESSORS or not rows.available(), reason="neither AVX2 nor AVX512, or no C compiler"
 )
-LIBRARIES = (kernels.compiled, few_tokens._library, one_call._library, tiles._library)
-
-
-@pytest.fixture(autouse=True, params=sorted({PROCESSOR, "AVX2"}) if PROCESSOR in kernels.PROCESSORS else [PROCESSOR])
-def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """This one, and as if it were one with less."""
-    if request.param != PROCESSOR:
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
-    for library in LIBRARIES:
-        library.cache_clear()
-    yield
-    for library in LIBRARIES:
-        library.cache_clear()
+pytestmark = pytest.mark.usefixtures("processor")
 
 
 @needs_kernel

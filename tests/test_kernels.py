@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 
 from lit_gpt import kernels
 from lit_gpt.kernels import rows
@@ -67,3 +68,14 @@ def test_without_a_compiler_there_is_a_warning(
     monkeypatch.setenv("CC", "cc -fno-such-flag")
     assert compiled_anew() is None
     assert "no-such-flag" in caplog.text
+
+
+def test_a_compiler_that_does_not_know_the_processors_dot_products_does_without(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(kernels, "DOT_PRODUCTS", ["-fno-such-flag"])
+    with caplog.at_level(logging.WARNING):
+        assert compiled_anew()
+    assert not caplog.text
