@@ -261,6 +261,11 @@ def causal_softmax_backward(grad: torch.Tensor, weights: torch.Tensor, queries: 
     return torch._softmax_backward_data(grad, weights, -1, weights.dtype).mul_(scale)
 
 
+def few_shapes(softcap: float | None) -> bool:
+    """Whether attention in training is never made of torch's products on this CPU, whose shapes are the rows'."""
+    return softcap is None and fused.available() and not torch.cpu._is_amx_tile_supported()
+
+
 class _CPUAttention(torch.autograd.Function):
     """Causal attention that keeps no weights: they are made again on the way back. Rows do not see one another.
 
@@ -274,7 +279,7 @@ class _CPUAttention(torch.autograd.Function):
 
     @staticmethod
     def without_tiles(q):
-        return q.dtype == torch.float32 or ops.goes_wide(q) or not torch.cpu._is_amx_tile_supported()
+        return q.dtype == torch.float32 or ops.goes_wide(q) or fused.in_pairs()
 
     @staticmethod
     def in_c(q, window, lengths, longest):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_gpt import checkpoint, files, memory, optimizers, quantization, resume
+from lit_gpt import attention, checkpoint, files, memory, optimizers, quantization, resume
 from lit_gpt.args import EvalArgs, TrainArgs
 from lit_gpt.data import open_prepared
 from lit_gpt.generation import generate
@@ -24,6 +24,7 @@ from lit_gpt.runtime import (
     PRECISIONS,
     device_of_this_machine,
     is_first_process,
+    keep_few_products,
     memory_limit_bytes,
     peak_memory_gb,
     wants_compile,
@@ -60,6 +61,8 @@ class Job:
         where, override = (self.settings.pop(name) for name in ("resume", "resume_override"))
         self.make_optimizer = optimizers.resolve(settings["optimizer"], scaled=settings["precision"] == "16-mixed")
         self.config = config = checkpoint.load_config(checkpoint_dir)
+        if attention.few_shapes(config.attention_softcap):
+            keep_few_products()
         self.tokenizer = Tokenizer(checkpoint_dir)
         self.max_length = min(train.max_seq_length or config.block_size, config.block_size)
         self.train_data, self.val_data, self.meta = open_prepared(

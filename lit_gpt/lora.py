@@ -64,7 +64,7 @@ class LoRALinear(nn.Module):
     """A linear layer, of whatever kind, plus a low-rank update; only the factors train.
 
     The factors are bare parameters, so that no pass over linear layers takes them for one. They are float32 whatever
-    the base is, and rounded to the input's precision when used.
+    the base is.
     """
 
     def __init__(self, base: nn.Linear, settings: LoRASettings):
@@ -80,7 +80,8 @@ class LoRALinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.base(x)
         p = self.dropout if self.training else 0.0
-        in_c = ops.in_c(y) and fused.available(max(self.lora_A.shape[1], len(self.lora_B))) and y.is_contiguous()
+        (rank, width), out = self.lora_A.shape, len(self.lora_B)
+        in_c = ops.in_c(y) and y.is_contiguous() and fused.available(max(width, out), rank)
         update = _FusedUpdate if in_c else _Update
         return update.apply(y, x.to(y.dtype), self.lora_A, self.lora_B, self.scaling, p)
 
@@ -151,7 +152,8 @@ class _FusedUpdate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, drawn, low, down, up = ctx.saved_tensors
-        flat, seen, drops, d_x = grad.flatten(0, -2), x.flatten(0, -2), (drawn, ctx.threshold), None
+        flat, seen = (t.flatten(0, -2).contiguous() for t in (grad, x))
+        drops, d_x = (drawn, ctx.threshold), None
         d_low = fused.to_low(flat, up)
         d_b = fused.over_tokens(low, flat)[: ctx.rank].t() * ctx.scaling
         d_a = fused.over_tokens(d_low, seen, *drops)[: ctx.rank] / (1 - ctx.p)

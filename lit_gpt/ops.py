@@ -327,7 +327,8 @@ def cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The cross entropies (n,) of logits (n, V) with labels (n,), float32, and their gradient in the logits' precision.
 
-    The gradient may take the logits' place: they are the largest tensor of a step, and each pass over them counts.
+    With a gradient the logits are lost, whose place it takes: they are the largest tensor of a step, and each pass over
+    them counts.
     """
     if in_c(logits):
         logits = logits.contiguous()

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from lit_gpt.model import GPT
 
 # A compiled product is kept for each shape, and rows of all lengths bring new ones for ever: 1,024 of them in oneDNN,
-# and once more in torch's layer above it, in small blocks that cut the heap to pieces. A micro-batch meets 12 to 20.
-# Where products have matrix tiles, attention of long rows is made of them too, and meets more (benchmarks/LOG.md). The
-# variables are read at the first product.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128" if torch.cpu._is_amx_tile_supported() else "32")
+# and once more in torch's layer above it. 128 in one place are as fast and take 1.5 GB less after a hundred steps
+# (benchmarks/LOG.md). The variables are read at the first product.
+KEPT_PRODUCTS, MANY, FEW = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128", "32"
+os.environ.setdefault(KEPT_PRODUCTS, MANY)
 os.environ.setdefault("LRU_CACHE_CAPACITY", "1")
 
 
@@ -109,6 +109,15 @@ def change_blocks(model: "GPT", *, compiled: bool, checkpointed: bool) -> None:
         compile_blocks(model)
     if checkpointed:
         checkpoint_activations(model)
+
+
+def keep_few_products() -> None:
+    """Keep what a micro-batch's layers need: every product kept is some small blocks that cut the heap to pieces.
+
+    To be called before the first product, where attention has none.
+    """
+    if os.environ[KEPT_PRODUCTS] == MANY:
+        os.environ[KEPT_PRODUCTS] = FEW
 
 
 def compile_blocks(model: "GPT") -> None:

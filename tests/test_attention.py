@@ -20,6 +20,17 @@ def in_pairs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(fused, "in_pairs", lambda: request.param)
 
 
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="no dot products of bfloat16")
+def test_pairs_are_multiplied_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.randn(1, 2, 40, 64).bfloat16()
+    results = []
+    for pairs in (False, True):
+        monkeypatch.setattr(fused, "in_pairs", lambda pairs=pairs: pairs)
+        results.append(fused.attention(q, q, q, (40,), 0.3, None, None))
+    here = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    assert torch.equal(*results) != here  # weights that were rounded give other sums
+
+
 def reference_attention(lengths, scale, window=None, branch=None):
     """Row by row in float64, with the definition written out; `branch` is a number for each token of one row."""
 

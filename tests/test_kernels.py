@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import PROCESSOR
 
 from lit_gpt import kernels
 from lit_gpt.kernels import rows
@@ -70,12 +71,29 @@ def test_without_a_compiler_there_is_a_warning(
     assert "no-such-flag" in caplog.text
 
 
+@pytest.mark.skipif(PROCESSOR not in kernels.PROCESSORS, reason="another kind of processor")
 def test_a_compiler_that_does_not_know_the_processors_dot_products_does_without(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried = []
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(kernels, "DOT_PRODUCTS", ["-fno-such-flag"])
+    kept = kernels._kept
+    monkeypatch.setattr(kernels, "_kept", lambda command, source: tried.append(command) or kept(command, source))
+    with caplog.at_level(logging.WARNING):
+        assert compiled_anew()
+    assert ["-fno-such-flag" in command for command in tried] == [True, False]
+    assert not caplog.text
+
+
+def test_what_fails_for_another_reason_is_not_tried_without_dot_products(
     cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    monkeypatch.setattr(kernels, "DOT_PRODUCTS", ["-fno-such-flag"])
+    monkeypatch.setattr(kernels, "DOT_PRODUCTS", ["-include", "no-such-file.h"])
+    monkeypatch.setattr(kernels, "_told", lambda error: "rows.c: error: something else")
     with caplog.at_level(logging.WARNING):
-        assert compiled_anew()
-    assert not caplog.text
+        assert compiled_anew() is None
+    assert "something else" in caplog.text

@@ -37,24 +37,27 @@ def compiled(name: str) -> ctypes.CDLL | None:
     """
     source, processor = Path(__file__).with_name(f"{name}.c"), torch.backends.cpu.get_cpu_capability()
     command = [*shlex.split(os.environ.get("CC") or "cc"), *FLAGS, *PROCESSORS.get(processor, [])]
-    why = ""
-    if processor == "AVX512" and torch.cpu._is_avx512_bf16_supported():
-        commands = [[*command, *DOT_PRODUCTS], command]
-    else:
-        commands = [command]
-    for command in commands:
+    more = DOT_PRODUCTS if processor == "AVX512" and torch.cpu._is_avx512_bf16_supported() else []
+    try:
         try:
-            return _kept(command, source)
+            return _kept([*command, *more], source)
         except subprocess.CalledProcessError as error:
-            lines = error.stderr.decode(errors="replace").splitlines()
-            why = next((line for line in lines if "error" in line), str(error))
-        except OSError as error:
-            why = str(error)
+            if not any(flag in _told(error) for flag in more):
+                raise
+            return _kept(command, source)
+    except subprocess.CalledProcessError as error:
+        why = next((line for line in _told(error).splitlines() if "error" in line), str(error))
+    except OSError as error:
+        why = str(error)
     logging.getLogger(__name__).warning(
         "%s cannot be compiled, and this CPU takes longer without it; install a C compiler, or name it in CC (%s)",
         *(source.name, why),
     )
     return None
+
+
+def _told(error: subprocess.CalledProcessError) -> str:
+    return str(error.stderr.decode(errors="replace"))
 
 
 def _kept(command: Sequence[str], source: Path) -> ctypes.CDLL:

@@ -21,7 +21,7 @@ static long up_to(long n, long whole) { return (n + whole - 1) / whole * whole; 
 
 /* What products are made of: a number in float32 or, in `pairs`, two in bfloat16 that are summed over one after the other.
    Some processors multiply pairs twice as fast as float32, others half as fast: the caller says (`in_pairs`). */
-typedef uint32_t word;
+typedef uint32_t word __attribute__((may_alias));
 
 static inline __attribute__((always_inline)) vector multiplied(int pairs, word a, const word *b, vector sum) {
 #ifdef __AVX512BF16__
@@ -67,7 +67,8 @@ static Task task(long heads, long groups, long size, long window, float scale, c
 #ifdef __AVX512BF16__
     int pairs = bf16 && in_pairs;
 #else
-    int pairs = in_pairs & 0;
+    int pairs = 0;
+    (void)in_pairs;
 #endif
     return (Task){heads, groups, size, wide, window, scale, begins, branches, bf16, pairs, wide / (1 + pairs)};
 }
@@ -103,11 +104,12 @@ static void load_tokens(const Task *t, const void *from, long heads, long head, 
         return;
     }
     for (long token = first; token < first + up_to(last - first, QUERIES); token += 2, to += t->wide) {
+        memset(to, 0, t->wide * sizeof(word));
+        if (token >= last) continue;
         const uint16_t *own = (const uint16_t *)from + (token * heads + head) * t->size;
         const uint16_t *next = token + 1 < last ? own + heads * t->size : own;
         word kept = token + 1 < last ? 0xffff0000 : 0;
-        memset(to, 0, t->wide * sizeof(word));
-        for (long i = 0; token < last && i < t->size; i++) to[i] = own[i] | (((word)next[i] << 16) & kept);
+        for (long i = 0; i < t->size; i++) to[i] = own[i] | (((word)next[i] << 16) & kept);
     }
 }
 

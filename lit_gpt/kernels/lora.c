@@ -8,6 +8,7 @@
 #define RANKS 8            /* at a time */
 #define TOKENS (WIDE / 4)  /* at a time: as many sums as there are registers */
 #define PARTS 8            /* of the tokens, as many for any number of threads */
+#define COLUMNS 256        /* at a time */
 
 /* low (tokens, rank) = x (tokens, n) factor (rank, wide)^T, of which all beyond n is 0; wide is a multiple of WIDE. */
 void to_low(long tokens, long n, long rank, long wide, const void *x, long bf16, const int64_t *seed, long threshold,
@@ -64,35 +65,36 @@ void from_low(long tokens, long n, long rank, long wide, const float *low, const
     }
 }
 
-/* d (PARTS, rank, wide) = low (tokens, rank)^T x (tokens, n), of each of some parts of the tokens: a factor's gradient. */
-void over_tokens(long tokens, long n, long rank, long wide, const float *low, const void *x, long bf16, const int64_t *seed,
+/* d (PARTS, rank, n) = low (tokens, rank)^T x (tokens, n), of each of some parts of the tokens: a factor's gradient. */
+void over_tokens(long tokens, long n, long rank, const float *low, const void *x, long bf16, const int64_t *seed,
                  long threshold, float *d, long threads) {
     long each = (tokens + PARTS - 1) / PARTS;
-    memset(d, 0, PARTS * rank * wide * sizeof(float));
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (long part = 0; part < PARTS; part++) {
-        long last = (part + 1) * each < tokens ? (part + 1) * each : tokens;
-        float a[RANKS * wide], *sums = d + part * rank * wide;
-        memset(a, 0, sizeof a);
-        for (long token = part * each; token < last; token += RANKS) {
-            long here = last - token < RANKS ? last - token : RANKS;
-            for (long t = 0; t < here; t++) {
-                load(a + t * wide, x, bf16, (token + t) * n, n);
-                dropped(a + t * wide, (token + t) * n, n, seed, threshold);
-            }
-            for (long r = 0; r < rank; r += RANKS)
-                for (long i = 0; i < wide; i += WIDE) {
-                    vector sum[RANKS];
-#pragma GCC unroll 8
-                    for (int k = 0; k < RANKS; k++) sum[k] = *(vector *)(sums + (r + k) * wide + i);
-                    for (long t = 0; t < here; t++) {
-                        vector column = *(vector *)(a + t * wide + i);
-#pragma GCC unroll 8
-                        for (int k = 0; k < RANKS; k++) sum[k] += low[(token + t) * rank + r + k] * column;
-                    }
-#pragma GCC unroll 8
-                    for (int k = 0; k < RANKS; k++) *(vector *)(sums + (r + k) * wide + i) = sum[k];
+#pragma omp parallel for schedule(static) collapse(2) num_threads(threads)
+    for (long part = 0; part < PARTS; part++)
+        for (long column = 0; column < n; column += COLUMNS) {
+            long last = (part + 1) * each < tokens ? (part + 1) * each : tokens, m = n - column < COLUMNS ? n - column : COLUMNS;
+            float a[RANKS * COLUMNS] = {0}, sums[rank * COLUMNS];
+            memset(sums, 0, sizeof sums);
+            for (long token = part * each; token < last; token += RANKS) {
+                long here = last - token < RANKS ? last - token : RANKS;
+                for (long t = 0; t < here; t++) {
+                    load(a + t * COLUMNS, x, bf16, (token + t) * n + column, m);
+                    dropped(a + t * COLUMNS, (token + t) * n + column, m, seed, threshold);
                 }
+                for (long r = 0; r < rank; r += RANKS)
+                    for (long i = 0; i < m; i += WIDE) {
+                        vector sum[RANKS];
+#pragma GCC unroll 8
+                        for (int k = 0; k < RANKS; k++) sum[k] = *(vector *)(sums + (r + k) * COLUMNS + i);
+                        for (long t = 0; t < here; t++) {
+                            vector numbers = *(vector *)(a + t * COLUMNS + i);
+#pragma GCC unroll 8
+                            for (int k = 0; k < RANKS; k++) sum[k] += low[(token + t) * rank + r + k] * numbers;
+                        }
+#pragma GCC unroll 8
+                        for (int k = 0; k < RANKS; k++) *(vector *)(sums + (r + k) * COLUMNS + i) = sum[k];
+                    }
+            }
+            for (long r = 0; r < rank; r++) memcpy(d + (part * rank + r) * n + column, sums + r * COLUMNS, m * sizeof(float));
         }
-    }
 }

@@ -12,12 +12,13 @@ from lit_gpt.kernels import Functions
 RANKS, WIDTH = 8, 16  # what the loops in C take at a time
 PARTS = 8  # of the tokens, over which sums are taken
 WIDEST = 2**15  # numbers of a token, several of which a thread's stack holds
-_FUNCTIONS = Functions("lora", {"to_low": "llllplplpp", "from_low": "llllpppllpl", "over_tokens": "llllpplplp"})
+MOST_RANKS = 32  # with more, torch's products are as fast
+_FUNCTIONS = Functions("lora", {"to_low": "llllplplpp", "from_low": "llllpppllpl", "over_tokens": "lllpplplp"})
 
 
-def available(width: int) -> bool:
-    """Whether the functions are there for layers of this width."""
-    return width <= WIDEST and _FUNCTIONS.library is not None
+def available(width: int, rank: int) -> bool:
+    """Whether the functions are there for layers of this width and rank."""
+    return width <= WIDEST and rank <= MOST_RANKS and _FUNCTIONS.library is not None
 
 
 def filled(factor: torch.Tensor) -> torch.Tensor:
@@ -64,10 +65,9 @@ def over_tokens(
     """low (n, rank)^T x (n, width), (rank, width) in float32."""
     x, (n, width), rank = x.contiguous(), x.shape, low.shape[1]
     assert len(low) == n
-    wide = width + -width % WIDTH
-    d = torch.empty(PARTS, rank, wide, dtype=torch.float32)
-    _FUNCTIONS.call("over_tokens", n, width, rank, wide, low, x, _half(x), seed, threshold, d)
-    return d.sum(0)[:, :width]
+    d = torch.empty(PARTS, rank, width, dtype=torch.float32)
+    _FUNCTIONS.call("over_tokens", n, width, rank, low, x, _half(x), seed, threshold, d)
+    return d.sum(0)
 
 
 def _half(x: torch.Tensor) -> bool:

@@ -63,7 +63,7 @@ static inline float clamped_exp(float x) { /* within 2 units in the last place f
     return p * as_float((uint32_t)((int32_t)k + 127) << 23);
 }
 
-/* Of splitmix64 with this seed, the states from the `first` on, 4 bits of 16 each.
+/* Of splitmix64 with this seed, the states from the `first` on, each as 4 numbers of 16 bits.
    (Steele, Lea & Flood 2014, doi:10.1145/2660193.2660195.) */
 static inline void draw(int64_t seed, long first, long n, int16_t *bits) {
     uint64_t states[n];
