@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from lit_gpt import ops
-from lit_gpt.kernels import lora as fused
 from lit_gpt.surgery import swap
 
 TARGETS = {  # flag -> the names of the layers that it means
@@ -64,7 +63,7 @@ class LoRALinear(nn.Module):
     """A linear layer, of whatever kind, plus a low-rank update; only the factors train.
 
     The factors are bare parameters, so that no pass over linear layers takes them for one. They are float32 whatever
-    the base is.
+    the base is, and rounded to the input's precision when used.
     """
 
     def __init__(self, base: nn.Linear, settings: LoRASettings):
@@ -80,10 +79,7 @@ class LoRALinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.base(x)
         p = self.dropout if self.training else 0.0
-        (rank, width), out = self.lora_A.shape, len(self.lora_B)
-        in_c = ops.in_c(y) and y.is_contiguous() and fused.available(max(width, out), rank)
-        update = _FusedUpdate if in_c else _Update
-        return update.apply(y, x.to(y.dtype), self.lora_A, self.lora_B, self.scaling, p)
+        return _Update.apply(y, x.to(y.dtype), self.lora_A, self.lora_B, self.scaling, p)
 
     def merged(self) -> nn.Linear:
         """The plain layer with the update in its weight, in the base's precision. ValueError for a quantized base."""
@@ -132,33 +128,6 @@ class _Update(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 d_x = (d_low @ a_used).to(x.dtype).view(x.shape)
                 d_x = d_x if drawn is None else ops.dropped(d_x, drawn, ctx.p, inplace=True)
-        return grad, d_x, d_a, d_b, None, None
-
-
-class _FusedUpdate(torch.autograd.Function):
-    """`_Update` in C; the factors and what lies between them stay float32."""
-
-    @staticmethod
-    def forward(ctx, y, x, a, b, scaling, p):
-        drawn, threshold = (ops.draw_dropout(x, p), ops.dropout_threshold(p)) if p else (None, 0)
-        down, up = fused.filled(a / (1 - p)), fused.filled(b.t() * scaling)
-        low = fused.to_low(x.flatten(0, -2), down, drawn, threshold)  # (n, rank)
-        fused.add_from_low(y.flatten(0, -2), low, up)
-        ctx.mark_dirty(y)
-        ctx.save_for_backward(x, drawn, low, down, up)
-        ctx.rank, ctx.scaling, ctx.p, ctx.threshold = len(a), scaling, p, threshold
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, drawn, low, down, up = ctx.saved_tensors
-        flat, seen = (t.flatten(0, -2).contiguous() for t in (grad, x))
-        drops, d_x = (drawn, ctx.threshold), None
-        d_low = fused.to_low(flat, up)
-        d_b = fused.over_tokens(low, flat)[: ctx.rank].t() * ctx.scaling
-        d_a = fused.over_tokens(d_low, seen, *drops)[: ctx.rank] / (1 - ctx.p)
-        if ctx.needs_input_grad[1]:
-            d_x = fused.from_low(d_low, down, seen, *drops).view(x.shape)
         return grad, d_x, d_a, d_b, None, None
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # A compiled product is kept for each shape, and rows of all lengths bring new ones for ever: 1,024 of them in oneDNN,
 # and once more in torch's layer above it. 128 in one place are as fast and take 1.5 GB less after a hundred steps
 # (benchmarks/LOG.md). The variables are read at the first product.
-KEPT_PRODUCTS, MANY, FEW = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128", "32"
+KEPT_PRODUCTS, MANY, FEW = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128", "48"
 os.environ.setdefault(KEPT_PRODUCTS, MANY)
 os.environ.setdefault("LRU_CACHE_CAPACITY", "1")
 
@@ -112,7 +112,7 @@ def change_blocks(model: "GPT", *, compiled: bool, checkpointed: bool) -> None:
 
 
 def keep_few_products() -> None:
-    """Keep what a micro-batch's layers need: every product kept is some small blocks that cut the heap to pieces.
+    """Keep what the layers of a micro-batch need, 20 to 30: the blocks of each one kept cut the heap to pieces.
 
     To be called before the first product, where attention has none.
     """

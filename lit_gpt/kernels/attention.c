@@ -14,8 +14,16 @@
 
 #include "numbers.h"
 
-#define TALL (WIDE / 2) /* rows of a product that are summed at a time, two vectors of each */
+#ifdef __AVX512F__
+#define WIDE 16 /* numbers of a vector */
+#define TALL 8  /* rows of a product that are summed at a time, two vectors of each */
+#else
+#define WIDE 8
+#define TALL 4
+#endif
 #define QUERIES 32 /* at a time */
+
+typedef float vector __attribute__((vector_size(WIDE * sizeof(float)), aligned(sizeof(float)), may_alias));
 
 static long up_to(long n, long whole) { return (n + whole - 1) / whole * whole; }
 

@@ -8,13 +8,6 @@
 
 #define PIECE 1024 /* numbers that are widened at a time: they stay in the nearest cache */
 
-#ifdef __AVX512F__
-#define WIDE 16 /* numbers of a vector in float32 */
-#else
-#define WIDE 8
-#endif
-typedef float vector __attribute__((vector_size(WIDE * sizeof(float)), aligned(sizeof(float)), may_alias));
-
 static inline float as_float(uint32_t bits) {
     float f;
     memcpy(&f, &bits, 4);
@@ -61,33 +54,4 @@ static inline float clamped_exp(float x) { /* within 2 units in the last place f
     p = p * r + 1.0f;
     p = p * r + 1.0f;
     return p * as_float((uint32_t)((int32_t)k + 127) << 23);
-}
-
-/* Of splitmix64 with this seed, the states from the `first` on, each as 4 numbers of 16 bits.
-   (Steele, Lea & Flood 2014, doi:10.1145/2660193.2660195.) */
-static inline void draw(int64_t seed, long first, long n, int16_t *bits) {
-    uint64_t states[n];
-    for (long i = 0; i < n; i++) {
-        uint64_t z = (uint64_t)seed + (uint64_t)(first + i + 1) * 0x9e3779b97f4a7c15u;
-        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-        z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-        states[i] = z ^ (z >> 31);
-    }
-    memcpy(bits, states, sizeof states);
-}
-
-/* Of the numbers `at` to at + n of a larger lot, those are kept whose 16 bits are at least `threshold`: numbers 4 i to
-   4 i + 3 have the i-th state's. All are, where there is no seed. */
-static inline void dropped(float *x, long at, long n, const int64_t *seed, long threshold) {
-    if (!seed) return;
-    long first = at / 4, states = (at + n - 1) / 4 + 1 - first;
-    int16_t bits[4 * states];
-    draw(*seed, first, states, bits);
-    for (long i = 0; i < n; i++) x[i] = bits[at % 4 + i] >= threshold ? x[i] : 0;
-}
-
-static inline float sum_of(vector x) {
-    float sum = 0;
-    for (int i = 0; i < WIDE; i++) sum += x[i];
-    return sum;
 }
