@@ -21,9 +21,8 @@ PROCESSORS = {
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
     "AVX2": ["-mavx2", "-mfma"],
 }
-DOT_PRODUCTS = [
-    "-mavx512bf16"
-]  # of bfloat16, where the processor has them; compilers from before 2020 do not know them
+# Of pairs of bfloat16, where the processor has them; compilers from before 2020 do not know the flag.
+DOT_PRODUCTS = ["-mavx512bf16"]
 TYPES = {"l": ctypes.c_long, "f": ctypes.c_float, "p": ctypes.c_void_p}
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-fopenmp"]
 
