@@ -114,7 +114,7 @@ def change_blocks(model: "GPT", *, compiled: bool, checkpointed: bool) -> None:
 def keep_few_products() -> None:
     """Keep what the layers of a micro-batch need, 20 to 30: the blocks of each one kept cut the heap to pieces.
 
-    To be called before the first product, where attention has none.
+    To be called before the first product, where attention has none. A number that the user chose stays, but for `MANY`.
     """
     if os.environ[KEPT_PRODUCTS] == MANY:
         os.environ[KEPT_PRODUCTS] = FEW

@@ -20,6 +20,7 @@ def in_pairs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(fused, "in_pairs", lambda: request.param)
 
 
+@pytest.mark.skipif(not fused.available(), reason="no C compiler")
 @pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="no dot products of bfloat16")
 def test_pairs_are_multiplied_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.randn(1, 2, 40, 64).bfloat16()

@@ -170,6 +170,9 @@ def test_cross_entropy_and_its_gradient(dtype: torch.dtype) -> None:
     logits = (torch.randn(9, 300) * 5).to(dtype).requires_grad_()
     labels = torch.randint(0, 300, (9,))
     losses, gradient = ops.cross_entropy(logits.detach().clone(), labels, True)
+    kept = logits.detach().clone()
+    assert torch.equal(ops.cross_entropy(kept, labels, False)[0], losses)
+    assert torch.equal(kept, logits)  # only a gradient takes their place
     expected = F.cross_entropy(logits.float(), labels, reduction="none")
     expected.sum().backward()
     torch.testing.assert_close(losses, expected.detach(), rtol=1e-6, atol=1e-6)
