@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lit_gpt import ops
+from lit_gpt import ops, products
 from lit_gpt.kernels import attention as fused
 from lit_gpt.kernels import rows
 
@@ -104,7 +104,7 @@ def attend(
     """
     alike = softcap is None and k.dtype == v.dtype == q.dtype and k.shape == v.shape
     # Torch's fused attention is as fast where it needs no mask and the processor can multiply such numbers.
-    one = layout.cached and (layout.ragged or ops.goes_wide(q)) and q.shape[2] == 1 and not torch.is_grad_enabled()
+    one = layout.cached and (layout.ragged or products.goes_wide(q)) and q.shape[2] == 1 and not torch.is_grad_enabled()
     if one and alike and ops.in_c(q) and k.shape[2] * q.shape[1] // k.shape[1] <= rows.WIDEST:
         return rows.attend_one(q, k, v, layout.positions, scale, window)
     cached = layout.cached and q.shape[2] != k.shape[2]
@@ -114,8 +114,8 @@ def attend(
     in_one = alike and not cached and min(lengths) > 0 and ops.in_c(q) and fused.available()
     in_one &= not slides or _CPUAttention.without_tiles(q) or reach <= _CPUAttention.LONGEST_BACK
     in_one &= layout.branches is None or not (slides or torch.is_grad_enabled())
-    if not in_one and ops.goes_wide(q):
-        with ops.as_they_are(q):
+    if not in_one and products.goes_wide(q):
+        with products.as_they_are(q):
             wide = (x.float() for x in (q, k, v))
             return attend(*wide, scale=scale, layout=layout, window=window, softcap=softcap).to(q.dtype)
     if cached:
@@ -279,7 +279,7 @@ class _CPUAttention(torch.autograd.Function):
 
     @staticmethod
     def without_tiles(q):
-        return q.dtype == torch.float32 or ops.goes_wide(q) or fused.in_pairs()
+        return q.dtype == torch.float32 or products.goes_wide(q) or fused.in_pairs()
 
     @staticmethod
     def in_c(q, window, lengths, longest):

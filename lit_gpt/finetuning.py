@@ -25,6 +25,7 @@ from lit_gpt.runtime import (
     device_of_this_machine,
     is_first_process,
     keep_few_products,
+    keep_memory,
     memory_limit_bytes,
     peak_memory_gb,
     wants_compile,
@@ -63,6 +64,7 @@ class Job:
         self.config = config = checkpoint.load_config(checkpoint_dir)
         if attention.few_shapes(config.attention_softcap):
             keep_few_products()
+        keep_memory()
         self.tokenizer = Tokenizer(checkpoint_dir)
         self.max_length = min(train.max_seq_length or config.block_size, config.block_size)
         self.train_data, self.val_data, self.meta = open_prepared(

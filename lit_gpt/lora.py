@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lit_gpt import ops
+from lit_gpt import ops, products
 from lit_gpt.surgery import swap
 
 TARGETS = {  # flag -> the names of the layers that it means
@@ -101,10 +101,10 @@ class _Update(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, x, a, b, scaling, p):
         drawn = ops.draw_dropout(x, p) if p else None
-        a_used, b_used = (ops.widened(factor.to(x.dtype)) for factor in (a / (1 - p), b * scaling))
+        a_used, b_used = (products.widened(factor.to(x.dtype)) for factor in (a / (1 - p), b * scaling))
         seen = x if drawn is None else ops.dropped(x, drawn, p)
-        with ops.as_they_are(x):
-            low = F.linear(ops.widened(seen.flatten(0, -2)), a_used)  # (n, r)
+        with products.as_they_are(x):
+            low = F.linear(products.widened(seen.flatten(0, -2)), a_used)  # (n, r)
             flat, shape, wide = y.flatten(0, -2), y.shape, low.dtype != y.dtype
             if torch.compiler.is_compiling():  # it decides itself what to write over, and fails for layers with a bias
                 y = (flat + low @ b_used.t()).to(y.dtype) if wide else torch.addmm(flat, low, b_used.t())
@@ -119,12 +119,12 @@ class _Update(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, drawn, low, a_used, b_used = ctx.saved_tensors
-        flat, d_x = ops.widened(grad.flatten(0, -2)), None
+        flat, d_x = products.widened(grad.flatten(0, -2)), None
         seen = x if drawn is None else ops.dropped(x, drawn, ctx.p)
-        with ops.as_they_are(x):
+        with products.as_they_are(x):
             d_low = flat @ b_used
             d_b = (flat.t() @ low).float().mul_(ctx.scaling)
-            d_a = (d_low.t() @ ops.widened(seen.flatten(0, -2))).float().div_(1 - ctx.p)
+            d_a = (d_low.t() @ products.widened(seen.flatten(0, -2))).float().div_(1 - ctx.p)
             if ctx.needs_input_grad[1]:
                 d_x = (d_low @ a_used).to(x.dtype).view(x.shape)
                 d_x = d_x if drawn is None else ops.dropped(d_x, drawn, ctx.p, inplace=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from lit_gpt import attention, ops, rope
+from lit_gpt import attention, ops, products, rope
 from lit_gpt.attention import Layout
 from lit_gpt.cache import KVCache
 from lit_gpt.config import Config
@@ -186,10 +186,10 @@ class Attention(nn.Module):
 
 
 class Linear(nn.Linear):
-    """torch's, computed by `ops.linear`."""
+    """torch's, computed by `products.linear`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.linear(x, self.weight, self.bias)
+        return products.linear(x, self.weight, self.bias)
 
 
 class PlainMLP(nn.Module):

@@ -4,12 +4,10 @@ A faster body stands beside its plain twin here, with the same signature, and a 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import reduce
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from torch._subclasses import FakeTensor
 
 from lit_gpt.kernels import rows
 
@@ -43,98 +41,6 @@ def in_c(x: torch.Tensor) -> bool:
     """Whether x is for the compiled bodies; where blocks are compiled, torch's compiler makes better ones itself."""
     fits = device_of(x) == "cpu" and x.dtype in rows.DTYPES and x.numel() > 0
     return fits and not torch.compiler.is_compiling() and rows.available()
-
-
-def _slow() -> Iterator[torch.dtype]:
-    known = torch.backends.mkldnn.is_available()
-    # oneDNN takes bfloat16 on every AVX512, but imitates it where the processor has no products of it.
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    imitated = torch.backends.cpu.get_cpu_capability() == "AVX512" and not has_bf16
-    if imitated or not (known and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        yield torch.bfloat16
-    if not (known and torch.ops.mkldnn._is_mkldnn_fp16_supported()):
-        yield torch.float16
-
-
-SLOW = frozenset(_slow())  # what this CPU cannot multiply: torch's last resort was seen to take 8 to 70 times as long
-WIDENED = 2**20  # numbers of a weight that are float32 at a time: they stay in the cache
-
-
-def goes_wide(x: torch.Tensor) -> bool:
-    """Whether products of x are computed in float32, and rounded once."""
-    return x.dtype in SLOW and device_of(x) == "cpu"
-
-
-def widened(x: torch.Tensor) -> torch.Tensor:
-    """x as it is multiplied fastest: itself, or in float32."""
-    return x.float() if goes_wide(x) else x
-
-
-def as_they_are(x: torch.Tensor) -> AbstractContextManager[object]:
-    """For products of `widened` numbers, which autocast would round again."""
-    return torch.autocast("cpu", enabled=False) if goes_wide(x) else nullcontext()
-
-
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x (..., in) weight^T + bias, (..., out). Like torch's it keeps x only where the weight trains."""
-    dtype = autocast_dtype(x)
-    if dtype not in SLOW or device_of(x) != "cpu":
-        return F.linear(x, weight, bias)
-    if not torch.is_grad_enabled():
-        if x.numel() == x.shape[-1]:  # one token needs each number of the weight once, which torch widens as it reads
-            return F.linear(x, weight, bias)
-        return _wide_linear(x.to(dtype), weight.to(dtype), bias)
-    y: torch.Tensor = _WideLinear.apply(x.to(dtype), weight.to(dtype), bias)
-    return y
-
-
-def linear_backward(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """grad (..., out) weight, (..., in): the gradient of `linear`'s x."""
-    if not goes_wide(grad):
-        return grad @ weight
-    flat = grad.flatten(0, -2)
-    with as_they_are(grad):
-        total = reduce(torch.Tensor.add_, (flat[:, rows_of].float() @ part for rows_of, part in _pieces(weight)))
-    return total.to(grad.dtype).view(*grad.shape[:-1], weight.shape[1])
-
-
-def _wide_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    wide, y = x.float(), x.new_empty(*x.shape[:-1], len(weight))
-    with as_they_are(x):
-        for rows_of, part in _pieces(weight):
-            product = wide @ part.t()
-            y[..., rows_of] = product if bias is None else product.add_(bias[rows_of])
-    return y
-
-
-def _pieces(weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Some rows of a weight in float32 at a time, and which they are."""
-    step = len(weight) if torch.compiler.is_compiling() else max(1, WIDENED // weight.shape[1])
-    # Of the planner's tensors, which have no numbers, one piece tells what all take.
-    stop = step if isinstance(weight, FakeTensor) else len(weight)
-    for start in range(0, stop, step):
-        yield slice(start, start + step), weight[start : start + step].float()
-
-
-class _WideLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return _wide_linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        d_x, d_weight, d_bias = None, None, None
-        if ctx.needs_input_grad[0]:
-            d_x = linear_backward(grad, weight)
-        if ctx.needs_input_grad[1]:
-            with as_they_are(grad):
-                d_weight = (grad.flatten(0, -2).float().t() @ x.flatten(0, -2).float()).to(weight.dtype)
-        if ctx.needs_input_grad[2]:
-            d_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return d_x, d_weight, d_bias
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_gpt import ops
+from lit_gpt import products
 
 BLOCK = 64  # numbers that share a scale
 NESTED_BLOCK = 256  # scales that share a scale, with -dq
@@ -120,12 +120,12 @@ class _FrozenMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer, dtype):
         ctx.layer, ctx.dtypes = layer, (x.dtype, dtype)
-        return ops.linear(x.to(dtype), layer.dense(dtype))
+        return products.linear(x.to(dtype), layer.dense(dtype))
 
     @staticmethod
     def backward(ctx, grad):
         x_dtype, dtype = ctx.dtypes
-        return ops.linear_backward(grad.to(dtype), ctx.layer.dense(dtype)).to(x_dtype), None, None
+        return products.linear_backward(grad.to(dtype), ctx.layer.dense(dtype)).to(x_dtype), None, None
 
 
 class Linear8bit(QuantizedLinear):

@@ -1,5 +1,7 @@
 """One Fabric from (devices, precision), and what each precision means for the weights."""
 
+import contextlib
+import ctypes
 import logging
 import os
 import resource
@@ -54,7 +56,7 @@ def resolve_precision(name: str | None, *, training: bool) -> Precision:
     """The precision of that name, or the best default of this machine: mixed to train, true to run.
 
     That is bfloat16 but on GPUs that lack it. A CPU that cannot multiply in it keeps and reads half the bytes of frozen
-    weights all the same, and trains nearly as fast (`ops.linear`). Raises ValueError that lists the names.
+    weights all the same, and trains nearly as fast (`products.linear`). Raises ValueError that lists the names.
     """
     if name is None:
         lacks = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
@@ -118,6 +120,17 @@ def keep_few_products() -> None:
     """
     if os.environ[KEPT_PRODUCTS] == MANY:
         os.environ[KEPT_PRODUCTS] = FEW
+
+
+def keep_memory() -> None:
+    """Let malloc keep what a step frees, for the next one: the system would have to clear every page of it again.
+
+    Only blocks of 32 MB and more, the most that glibc can be told, go back at once. Other systems are left as they are.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3  # numbers of malloc.h
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**25)
 
 
 def compile_blocks(model: "GPT") -> None:

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from lit_gpt import kernels, ops
-from lit_gpt.kernels import attention, block, few_tokens, rows, tiles
+from lit_gpt import products as products_room
+from lit_gpt.kernels import attention, block, few_tokens, products, rows, tiles
 
 ROOT = Path(__file__).parents[1]
 STORIES = ROOT / "tests" / "assets" / "stories260K"
@@ -48,7 +49,7 @@ def run_script(name: str, *flags: object, check: bool = True) -> "subprocess.Com
 @pytest.fixture(params=["in C", "in torch", "wide"])
 def body(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which bodies are used; `wide` as on a processor that cannot multiply 16-bit numbers, in C where there is some."""
-    monkeypatch.setattr(ops, "SLOW", {torch.bfloat16, torch.float16} if request.param == "wide" else {})
+    monkeypatch.setattr(products_room, "SLOW", {torch.bfloat16, torch.float16} if request.param == "wide" else {})
     if request.param == "in torch":
         monkeypatch.setattr(ops, "in_c", lambda x: False)
     elif request.param == "in C" and not rows.available():
@@ -59,7 +60,7 @@ def body(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 PROCESSOR = torch.backends.cpu.get_cpu_capability()
 LIBRARIES = (kernels.compiled, few_tokens._library, block._library, tiles._library)
-FUNCTIONS = (attention._FUNCTIONS, rows._FUNCTIONS)
+FUNCTIONS = (attention._FUNCTIONS, products._FUNCTIONS, rows._FUNCTIONS)
 
 
 @pytest.fixture(params=sorted({PROCESSOR, "AVX2"}) if PROCESSOR in kernels.PROCESSORS else [PROCESSOR])

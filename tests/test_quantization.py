@@ -8,7 +8,7 @@ import torch
 from conftest import STORIES, load_script, run_script
 from twins import make_twin
 
-from lit_gpt import checkpoint, files, lora, ops, quantization
+from lit_gpt import checkpoint, files, lora, products, quantization
 from lit_gpt.args import EvalArgs, TrainArgs
 from lit_gpt.checkpoint import Adapter
 from lit_gpt.inference import Assistant
@@ -71,7 +71,7 @@ def test_forward_and_backward_are_dequantise_then_matmul(shape: tuple, kind: str
     reference = x.detach().clone().requires_grad_()
     seed = torch.randn(6, shape[0], dtype=dtype)
     layer(x).backward(seed)
-    expected = torch.nn.functional.linear(ops.widened(reference), ops.widened(weight)).to(dtype)
+    expected = torch.nn.functional.linear(products.widened(reference), products.widened(weight)).to(dtype)
     expected.backward(seed)
     assert torch.equal(layer(x), expected)
     assert torch.equal(x.grad, reference.grad)

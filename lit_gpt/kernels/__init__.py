@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import hashlib
 import logging
+import math
 import os
 import platform
 import shlex
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from functools import cache, cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch._subclasses import FakeTensor
 
@@ -24,7 +26,17 @@ PROCESSORS = {
 # Of pairs of bfloat16, where the processor has them; compilers from before 2020 do not know the flag.
 DOT_PRODUCTS = ["-mavx512bf16"]
 TYPES = {"l": ctypes.c_long, "f": ctypes.c_float, "p": ctypes.c_void_p}
+ALIGNED = 64  # bytes: what comes from memory together, and a whole vector
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-fopenmp"]
+
+
+@cache
+def in_pairs() -> bool:
+    """Whether the processor is faster at dot products of bfloat16 pairs than at float32.
+
+    AMD's are twice as fast. Those of Intel's that have matrix tiles are half as fast (benchmarks/LOG.md).
+    """
+    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
 @cache
@@ -83,6 +95,21 @@ def _made(command: Sequence[str], source: Path, library: Path) -> ctypes.CDLL:
         subprocess.run([*command, "-o", out, source, "-lm"], check=True, capture_output=True)
         out.replace(library)
     return ctypes.CDLL(str(library))
+
+
+def empty(like: torch.Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Memory for a result on the CPU, laid out end to end, of `like`'s shape and dtype unless told otherwise.
+
+    torch asks malloc for addresses that are multiples of 64, and glibc before 2.38 takes for that only blocks that are
+    some bytes larger: one that was freed never serves for the same size again, and a step leaves hundreds of holes.
+    Without that wish they are found again; the address is made even within the block. (benchmarks/LOG.md)
+    """
+    shape, dtype = like.shape if shape is None else shape, dtype or like.dtype
+    if isinstance(like, FakeTensor):
+        return like.new_empty(shape, dtype=dtype)
+    block = torch.from_numpy(np.empty(math.prod(shape) * dtype.itemsize + ALIGNED, np.uint8))
+    offset = -block.data_ptr() % ALIGNED // dtype.itemsize
+    return torch.empty(0, dtype=dtype).set_(block.untyped_storage(), offset, shape)  # type: ignore[arg-type]
 
 
 class Functions:

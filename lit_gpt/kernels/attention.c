@@ -8,35 +8,16 @@
    are `branches` (tokens), of the others only those of its branch and of branch 0. */
 
 #include <omp.h>
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
 
 #include "numbers.h"
+#include "words.h"
 
 #ifdef __AVX512F__
-#define WIDE 16 /* numbers of a vector */
-#define TALL 8  /* rows of a product that are summed at a time, two vectors of each */
+#define TALL 8 /* rows of a product that are summed at a time, two vectors of each */
 #else
-#define WIDE 8
 #define TALL 4
 #endif
 #define QUERIES 32 /* at a time */
-
-typedef float vector __attribute__((vector_size(WIDE * sizeof(float)), aligned(sizeof(float)), may_alias));
-
-static long up_to(long n, long whole) { return (n + whole - 1) / whole * whole; }
-
-/* What products are made of: a number in float32 or, in `pairs`, two in bfloat16 that are summed over one after the other.
-   Some processors multiply pairs twice as fast as float32, others half as fast: the caller says (`in_pairs`). */
-typedef uint32_t word __attribute__((may_alias));
-
-static inline __attribute__((always_inline)) vector multiplied(int pairs, word a, const word *b, vector sum) {
-#ifdef __AVX512BF16__
-    if (pairs) return (vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)_mm512_loadu_si512(b));
-#endif
-    return sum + as_float(a) * *(const vector *)b;
-}
 
 static inline __attribute__((always_inline)) void product_of(int pairs, long m, long n, long k, const word *a, long down,
                                                              long along, const word *b, float *c, int more) {

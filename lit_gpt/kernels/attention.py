@@ -5,12 +5,11 @@ memory. `lengths` are those of rows that lie end to end in the B * T tokens; a t
 """
 
 from collections.abc import Sequence
-from functools import cache
 from itertools import accumulate
 
 import torch
 
-from lit_gpt.kernels import Functions
+from lit_gpt.kernels import Functions, empty, in_pairs
 
 AT_ONCE = 32  # queries, and at most the numbers of a head, in the loops in C
 FEW = 8  # rows times groups, below which the heads of a group are shared out too
@@ -19,15 +18,6 @@ _FUNCTIONS = Functions("attention", {"attention": "lllllfppppppplll", "attention
 
 def available() -> bool:
     return _FUNCTIONS.library is not None
-
-
-@cache
-def in_pairs() -> bool:
-    """Whether the processor is faster at dot products of bfloat16 pairs than at float32.
-
-    AMD's are twice as fast. Those of Intel's that have matrix tiles are half as fast (benchmarks/LOG.md).
-    """
-    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
 def attention(
@@ -42,7 +32,7 @@ def attention(
     """(B, H, T, D) from q and k, v (B, G, T, D); tokens with `branches` (B, T) see their own and branch 0 only."""
     q, k, v = _alike(q, k, v)
     assert branches is None or (branches.dtype == torch.int64 and branches.is_contiguous())
-    y = torch.empty_like(q)
+    y = empty(q)
     sizes = (len(lengths), q.shape[2], k.shape[2], q.shape[3], window or max(lengths))
     _FUNCTIONS.call(
         *("attention", *sizes, scale, _begins(lengths, q), branches, q, k, v, y),
@@ -65,8 +55,8 @@ def attention_backward(
     assert grad.shape == q.shape
     (batch, n, groups, size), heads = k.shape, q.shape[2]
     parts = 1 if len(lengths) * groups >= FEW else heads // groups
-    dq, kind = torch.empty_like(q), q.dtype if parts == 1 else torch.float32
-    dk, dv = (torch.empty((batch, n, groups, parts, size), dtype=kind) for _ in (k, v))
+    dq, kind = empty(q), q.dtype if parts == 1 else torch.float32
+    dk, dv = (empty(k, (batch, n, groups, parts, size), kind) for _ in (k, v))
     sizes = (len(lengths), heads, groups, parts, size, window or max(lengths))
     _FUNCTIONS.call(
         *("attention_backward", *sizes, scale, _begins(lengths, q), q, k, v, grad, dq, dk, dv, kind == torch.bfloat16),
@@ -96,4 +86,4 @@ def _room(planes: int, lines: int, longest: int, q: torch.Tensor) -> torch.Tenso
     """Per thread: a row's keys, values and the like (`planes`), its scores (`lines`), and some blocks of queries."""
     n, wide = (-(-size // AT_ONCE) * AT_ONCE for size in (longest, q.shape[3]))
     each = n * (planes * wide + lines * AT_ONCE) + 4 * AT_ONCE * wide
-    return torch.empty(torch.get_num_threads(), each, dtype=torch.float32)
+    return empty(q, (torch.get_num_threads(), each), torch.float32)

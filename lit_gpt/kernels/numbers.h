@@ -27,14 +27,14 @@ static inline uint16_t to_bf16(float value) { /* to the nearest, ties to even */
     return value == value ? (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : 0x7fc0;
 }
 
-static void load(float *to, const void *from, long bf16, long at, long n) {
+static inline void load(float *to, const void *from, long bf16, long at, long n) {
     if (bf16)
         for (long i = 0; i < n; i++) to[i] = from_bf16(((const uint16_t *)from)[at + i]);
     else
         memcpy(to, (const float *)from + at, n * sizeof(float));
 }
 
-static void store(void *to, long bf16, long at, const float *from, long n) {
+static inline void store(void *to, long bf16, long at, const float *from, long n) {
     if (bf16)
         for (long i = 0; i < n; i++) ((uint16_t *)to)[at + i] = to_bf16(from[i]);
     else

@@ -6,7 +6,7 @@ For float32 and bfloat16 on a CPU, where `available`. What they compute is said 
 import torch
 from torch._subclasses import FakeTensor
 
-from lit_gpt.kernels import Functions
+from lit_gpt.kernels import Functions, empty
 
 DTYPES = (torch.float32, torch.bfloat16)
 WIDEST = 2**17  # numbers of a row of a norm or a softmax, which a thread's stack holds
@@ -50,7 +50,7 @@ def rms_norm(
     x, weight, n = x.contiguous(), weight.contiguous(), x.shape[-1]
     assert weight.shape == (n,)
     assert weight.dtype in DTYPES
-    y, scale = torch.empty(x.shape, dtype=dtype), torch.empty((*x.shape[:-1], 1), dtype=torch.float32)
+    y, scale = empty(x, dtype=dtype), torch.empty((*x.shape[:-1], 1), dtype=torch.float32)
     _call("rms_norm", x.numel() // n, n, x, _half(x), weight, _half(weight), eps, y, _half(y), scale)
     return y, scale
 
@@ -58,7 +58,7 @@ def rms_norm(
 def rms_norm_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """The gradient of x, in x's dtype."""
     x, grad, weight, n = x.contiguous(), grad.contiguous(), weight.contiguous(), x.shape[-1]
-    dx = torch.empty_like(x)
+    dx = empty(x)
     assert grad.shape == x.shape
     numbers = (grad, _half(grad), x, _half(x), weight, _half(weight), scale, dx)
     _call("rms_norm_backward", x.numel() // n, n, *numbers)
@@ -67,7 +67,7 @@ def rms_norm_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor,
 
 def gated_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     gate, up = _alike(gate, up)
-    y = torch.empty_like(gate)
+    y = empty(gate)
     _call("gated_silu", gate.numel(), gate, up, y, _half(y))
     return y
 
@@ -75,7 +75,7 @@ def gated_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 def gated_silu_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of gate and up."""
     grad, gate, up = _alike(grad, gate, up)
-    d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+    d_gate, d_up = empty(gate), empty(up)
     _call("gated_silu_backward", gate.numel(), grad, gate, up, d_gate, d_up, _half(grad))
     return d_gate, d_up
 
@@ -87,7 +87,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float) -
     assert n <= size
     assert cos.shape[2] == tokens
     x, cos, sin = x.transpose(1, 2).contiguous(), cos.contiguous(), sin.contiguous()
-    y = torch.empty_like(x)
+    y = empty(x)
     shape = (batch * tokens, heads, size, n, cos.numel() // n)
     _call("rotate", *shape, x, cos, sin, sign, y, _half(x))
     return y.transpose(1, 2)
@@ -95,7 +95,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float) -
 
 def dropout(x: torch.Tensor, seed: torch.Tensor, threshold: int, *, inplace: bool = False) -> torch.Tensor:
     x = x.contiguous()
-    y = x if inplace else torch.empty_like(x)
+    y = x if inplace else empty(x)
     _call("dropout", x.numel(), x, y, _half(x), seed, threshold)
     return y
 
@@ -128,7 +128,7 @@ def attend_one(
     assert (keys.dtype, values.dtype, places.dtype) == (q.dtype, q.dtype, torch.int64)
     assert places.shape == (batch, 1)
     assert isinstance(places, FakeTensor) or int(places.max()) < keys.shape[2]
-    y = torch.empty(q.shape, dtype=q.dtype)
+    y = empty(q)
     shape = (batch, heads, groups, size, capacity, window or capacity)
     stores = (keys.as_strided((1,), (1,)), values.as_strided((1,), (1,)))  # where they begin
     _call("attend_one", *shape, scale, q.contiguous(), *stores, places.contiguous(), y, _half(q))
