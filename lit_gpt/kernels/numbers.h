@@ -2,6 +2,9 @@
 
 #pragma once
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -35,10 +38,16 @@ static inline void load(float *to, const void *from, long bf16, long at, long n)
 }
 
 static inline void store(void *to, long bf16, long at, const float *from, long n) {
-    if (bf16)
-        for (long i = 0; i < n; i++) ((uint16_t *)to)[at + i] = to_bf16(from[i]);
-    else
+    if (!bf16) {
         memcpy((float *)to + at, from, n * sizeof(float));
+        return;
+    }
+    uint16_t *out = (uint16_t *)to + at;
+    long i = 0;
+#ifdef __AVX512BF16__ /* the same rounding in one instruction, but what is too small for normal numbers becomes 0 */
+    for (; i + 16 <= n; i += 16) _mm256_storeu_si256((__m256i *)(out + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
+#endif
+    for (; i < n; i++) out[i] = to_bf16(from[i]);
 }
 
 static inline float clamped_exp(float x) { /* within 2 units in the last place for x in [-87, 88] */

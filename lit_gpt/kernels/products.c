@@ -17,6 +17,7 @@
 #define TOKENS 6
 #endif
 #define COLUMNS (2 * WIDE)
+#define AT_ONCE 128 /* products of a sum in float32, with more its errors grow; those of pairs are less than their last rounding */
 #define LINE 64 /* bytes that come from memory together */
 
 #ifdef __AVX512BF16__
@@ -77,20 +78,20 @@ static void side_by_side(int pairs, const void *from, long n, long depth, word *
             memcpy(to, (const float *)from + p * n, COLUMNS * sizeof(word));
 }
 
-/* y (TOKENS, n), COLUMNS of it: bias + x b, x (TOKENS, `line` words apart), b (depth, COLUMNS). */
+/* y (TOKENS, n), COLUMNS of it: x b + `more`, whose lines are `down` apart; x (TOKENS, `line` words apart), b (depth, COLUMNS). */
 static inline __attribute__((always_inline)) void tile(int pairs, long n, long depth, const word *x, long line, const word *b,
-                                                       const float *bias, void *y) {
-    vector sums[TOKENS][2];
-#pragma GCC unroll 12
-    for (int r = 0; r < TOKENS; r++)
-        for (int half = 0; half < 2; half++) sums[r][half] = *(const vector *)(bias + half * WIDE);
+                                                       const float *more, long down, void *y) {
+    vector sums[TOKENS][2] = {0};
     for (long p = 0; p < depth; p++, b += COLUMNS)
 #pragma GCC unroll 12
         for (int r = 0; r < TOKENS; r++)
             for (int half = 0; half < 2; half++)
                 sums[r][half] = multiplied(pairs, x[r * line + p], b + half * WIDE, sums[r][half]);
 #pragma GCC unroll 12
-    for (int r = 0; r < TOKENS; r++) store_two(pairs, sums[r], y, r * n);
+    for (int r = 0; r < TOKENS; r++) {
+        for (int half = 0; half < 2; half++) sums[r][half] += *(const vector *)(more + r * down + half * WIDE);
+        store_two(pairs, sums[r], y, r * n);
+    }
 }
 
 /* y (m, n) = x W^T + bias, W (n, k), or `back`: x W, W (k, n). x (m, k) has lines `line` words apart; `bias` (n) is float32, or
@@ -117,9 +118,10 @@ void product(long m, long n, long k, long back, const word *x, long line, const 
                 const float *first = bias ? bias + j : no_bias;
                 void *to = (char *)y + (at * n + j) * size;
                 if (bf16)
-                    tile(1, n, depth, x + at * line, line, b, first, to);
-                else
-                    tile(0, n, depth, x + at * line, line, b, first, to);
+                    tile(1, n, depth, x + at * line, line, b, first, 0, to);
+                for (long p = 0; !bf16 && p < depth; p += AT_ONCE)
+                    tile(0, n, depth - p < AT_ONCE ? depth - p : AT_ONCE, x + at * line + p, line, b + p * COLUMNS,
+                         p ? to : first, p ? n : 0, to);
                 for (long until = n_lines * (at + TOKENS) / m; fetched < until; fetched++)
                     __builtin_prefetch(next + fetched * apart, 0, 2);
             }
