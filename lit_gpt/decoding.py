@@ -12,7 +12,8 @@ from lit_gpt.kernels import block as one_call
 from lit_gpt.kernels import few_tokens, rows, tiles
 from lit_gpt.lora import LoRALinear
 from lit_gpt.model import Block, Linear, Rotations
-from lit_gpt.ops import autocast_dtype, goes_wide
+from lit_gpt.ops import autocast_dtype
+from lit_gpt.products import goes_wide
 from lit_gpt.quantization import Linear4bit, levels_of
 from lit_gpt.surgery import swap
 

@@ -109,7 +109,7 @@ def empty(like: torch.Tensor, shape: Sequence[int] | None = None, dtype: torch.d
         return like.new_empty(shape, dtype=dtype)
     block = torch.from_numpy(np.empty(math.prod(shape) * dtype.itemsize + ALIGNED, np.uint8))
     offset = -block.data_ptr() % ALIGNED // dtype.itemsize
-    return torch.empty(0, dtype=dtype).set_(block.untyped_storage(), offset, shape)  # type: ignore[arg-type]
+    return torch.empty(0, dtype=dtype).set_(block.untyped_storage(), offset, shape)  # type: ignore[call-overload]
 
 
 class Functions:

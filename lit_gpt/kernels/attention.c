@@ -108,8 +108,8 @@ static void store_head(const Task *t, void *to, long bf16, long heads, long head
 }
 
 static void turned(const Task *t, const word *from, word *to) { /* (QUERIES, line) to (line, QUERIES) */
-    for (long i = 0; i < t->line; i++)
-        for (long r = 0; r < QUERIES; r++) to[i * QUERIES + r] = from[r * t->line + i];
+    for (long i = 0; i < t->line; i += WIDE)
+        for (long r = 0; r < QUERIES; r += WIDE) turned_block(from + r * t->line + i, t->line, to + i * QUERIES + r, QUERIES);
 }
 
 /* x (n, QUERIES) as words for sums over queries, and for sums over its n lines; in `room`, where they are others than x. */
@@ -121,8 +121,7 @@ static const word *over_queries(const Task *t, long n, const float *x, word *roo
 
 static const word *over_lines(const Task *t, long n, const float *x, word *room) {
     if (!t->pairs) return (const word *)x;
-    for (long i = 0; i < n / 2; i++, x += 2 * QUERIES)
-        for (long r = 0; r < QUERIES; r++) room[i * QUERIES + r] = to_bf16(x[r]) | (word)to_bf16(x[QUERIES + r]) << 16;
+    for (long i = 0; i < n / 2; i++, x += 2 * QUERIES) weave(x, x + QUERIES, QUERIES, room + i * QUERIES);
     return room;
 }
 

@@ -26,46 +26,10 @@ const long with_pairs = 1;
 const long with_pairs = 0; /* without, bfloat16 is not for here */
 #endif
 
-#ifdef __AVX512F__
-static void turned_block(const word *from, long line, word *to) { /* by weaving 2, 4, 8, then 16 lines into each other */
-    __m512i a[16], b[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + i * line);
-#pragma GCC unroll 8
-    for (int i = 0; i < 16; i += 2) {
-        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < 16; i += 2) {
-        int at = i / 4 * 4 + i / 2 % 2;
-        a[i] = _mm512_unpacklo_epi64(b[at], b[at + 2]);
-        a[i + 1] = _mm512_unpackhi_epi64(b[at], b[at + 2]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
-        b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
-        b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
-        b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) {
-        _mm512_storeu_si512(to + i * COLUMNS, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
-        _mm512_storeu_si512(to + (i + 8) * COLUMNS, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
-    }
-}
-#else
-static void turned_block(const word *from, long line, word *to) {
-    for (long i = 0; i < WIDE; i++)
-        for (long r = 0; r < WIDE; r++) to[r * COLUMNS + i] = from[i * line + r];
-}
-#endif
-
 /* COLUMNS lines of `depth` words to (depth, COLUMNS). */
 static void turned(const word *from, long depth, word *to) {
     for (long p = 0; p < depth; p += WIDE)
-        for (long j = 0; j < COLUMNS; j += WIDE) turned_block(from + j * depth + p, depth, to + p * COLUMNS + j);
+        for (long j = 0; j < COLUMNS; j += WIDE) turned_block(from + j * depth + p, depth, to + p * COLUMNS + j, COLUMNS);
 }
 
 /* COLUMNS of lines of n numbers to (depth, COLUMNS): in pairs a number stands beside the one below it. */

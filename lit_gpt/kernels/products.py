@@ -12,7 +12,7 @@ import torch
 
 from lit_gpt.kernels import PROCESSORS, Functions, empty, in_pairs
 
-FEWEST = 64  # tokens, from which on laying the weight out pays
+FEWEST = 16  # tokens, from which on laying the weight out pays
 COLUMNS = 32  # of which a weight's sides are multiples
 DEEPEST = 2**15  # numbers of a token, beyond which the caches are too small: a head's way back is left to torch
 DEEPEST = 2**15  # numbers of a token, beyond which the caches are too small: a head's way back is left to torch

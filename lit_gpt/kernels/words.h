@@ -35,3 +35,53 @@ static inline __attribute__((always_inline)) void store_two(int pairs, const vec
     (void)pairs;
     for (int half = 0; half < 2; half++) *(vector *)((float *)to + at + half * WIDE) = x[half];
 }
+
+/* A block of WIDE lines, `line` words apart, of WIDE words each: they become columns of lines that are `down` apart. */
+#ifdef __AVX512F__
+static void turned_block(const word *from, long line, word *to, long down) {
+    __m512i a[16], b[16]; /* 2, 4, 8, then 16 lines are woven into each other */
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + i * line);
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        int at = i / 4 * 4 + i / 2 % 2;
+        a[i] = _mm512_unpacklo_epi64(b[at], b[at + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[at], b[at + 2]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
+        b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+        b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+        b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        _mm512_storeu_si512(to + i * down, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
+        _mm512_storeu_si512(to + (i + 8) * down, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+    }
+}
+#else
+static void turned_block(const word *from, long line, word *to, long down) {
+    for (long i = 0; i < WIDE; i++)
+        for (long r = 0; r < WIDE; r++) to[r * down + i] = from[i * line + r];
+}
+#endif
+
+/* Words of numbers, rounded, and those below them. */
+static inline void weave(const float *upper, const float *lower, long n, word *to) {
+    long i = 0;
+#ifdef __AVX512BF16__
+    for (; i + WIDE <= n; i += WIDE) {
+        __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(upper + i)));
+        __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(lower + i)));
+        _mm512_storeu_si512(to + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+#endif
+    for (; i < n; i++) to[i] = to_bf16(upper[i]) | (word)to_bf16(lower[i]) << 16;
+}
