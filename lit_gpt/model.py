@@ -141,8 +141,8 @@ class Block(nn.Module):
         normed = self.norm_1(x)
         attended = self.post_norm_1(self.attn(normed, rotations, layout, cache))
         if not self.parallel:
-            x = torch.add(x, attended, alpha=self.residual_scale)
-            return torch.add(x, self.post_norm_2(self.mlp(self.norm_2(x))), alpha=self.residual_scale)
+            x = ops.residual(x, attended, self.residual_scale)
+            return ops.residual(x, self.post_norm_2(self.mlp(self.norm_2(x))), self.residual_scale)
         second = normed if self.shared_norm else self.norm_2(x)
         return x + (attended + self.post_norm_2(self.mlp(second))) * self.residual_scale
 

@@ -97,6 +97,27 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
+def residual(x: torch.Tensor, update: torch.Tensor, scale: float) -> torch.Tensor:
+    """x + scale * update."""
+    if not (in_c(x) and update.dtype in rows.DTYPES and torch.promote_types(x.dtype, update.dtype) == x.dtype):
+        return torch.add(x, update, alpha=scale)
+    y: torch.Tensor = (
+        _Residual.apply(x, update, scale) if torch.is_grad_enabled() else rows.add_scaled(x, update, scale)
+    )
+    return y
+
+
+class _Residual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, update, scale):
+        ctx.scale, ctx.dtype = scale, update.dtype
+        return rows.add_scaled(x, update, scale)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, (grad if ctx.scale == 1.0 else grad * ctx.scale).to(ctx.dtype), None
+
+
 def gated_silu_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up."""
     return F.silu(gate) * up

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch._subclasses import FakeTensor
 
 from lit_gpt import ops
+from lit_gpt.kernels import empty
 from lit_gpt.kernels import products as own
 
 
@@ -47,7 +48,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     dtype, trains = ops.autocast_dtype(x), torch.is_grad_enabled()
     # One token needs each number of the weight once, which torch widens as it reads.
     wide = dtype in SLOW and ops.device_of(x) == "cpu" and (trains or x.numel() > x.shape[-1])
-    if not wide and not _in_c(x, weight, dtype):
+    known = ops.in_c(x) and weight.dtype == dtype and (trains or own.fits(x, weight))
+    if not wide and not known:
         return F.linear(x, weight, bias)
     x, weight = x.to(dtype), weight.to(dtype)
     y: torch.Tensor = _Linear.apply(x, weight, bias) if trains else _linear(x, weight, bias)
@@ -56,30 +58,38 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 def linear_backward(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """grad (..., out) weight, (..., in): the gradient of `linear`'s x."""
-    if _in_c(grad, weight, grad.dtype):
-        return own.product(grad, weight, back=True)
-    if not goes_wide(grad):
+    if goes_wide(grad):
+        flat = grad.flatten(0, -2)
+        with as_they_are(grad):
+            parts = (linear_backward(flat[:, rows_of].float(), part) for rows_of, part in _pieces(weight))
+            total = reduce(torch.Tensor.add_, parts)
+        return total.to(grad.dtype).view(*grad.shape[:-1], weight.shape[1])
+    if not ops.in_c(grad):
         return grad @ weight
-    flat = grad.flatten(0, -2)
-    with as_they_are(grad):
-        parts = (linear_backward(flat[:, rows_of].float(), part) for rows_of, part in _pieces(weight))
-        total = reduce(torch.Tensor.add_, parts)
-    return total.to(grad.dtype).view(*grad.shape[:-1], weight.shape[1])
-
-
-def _in_c(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> bool:
-    return ops.in_c(x) and own.fits(x, weight, dtype)
+    if own.fits(grad, weight):
+        return own.product(grad, weight, back=True)
+    d_x = empty(grad, (*grad.shape[:-1], weight.shape[1]))
+    torch.mm(grad.flatten(0, -2), weight, out=d_x.flatten(0, -2))
+    return d_x
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    if _in_c(x, weight, x.dtype):
-        return own.product(x, weight, bias)
-    if not goes_wide(x):
+    if goes_wide(x):
+        wide, y = x.float(), x.new_empty(*x.shape[:-1], len(weight))
+        with as_they_are(x):
+            for rows_of, part in _pieces(weight):
+                y[..., rows_of] = _linear(wide, part, None if bias is None else bias[rows_of].float())
+        return y
+    if not ops.in_c(x):
         return F.linear(x, weight, bias)
-    wide, y = x.float(), x.new_empty(*x.shape[:-1], len(weight))
-    with as_they_are(x):
-        for rows_of, part in _pieces(weight):
-            y[..., rows_of] = _linear(wide, part, None if bias is None else bias[rows_of].float())
+    if own.fits(x, weight):
+        return own.product(x, weight, bias)
+    y = empty(x, (*x.shape[:-1], len(weight)))
+    flat, out = x.flatten(0, -2), y.flatten(0, -2)
+    if bias is None:
+        torch.mm(flat, weight.t(), out=out)
+    else:
+        torch.addmm(bias.to(x.dtype), flat, weight.t(), out=out)
     return y
 
 

@@ -37,11 +37,11 @@ def pays(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or bool(ctypes.c_long.in_dll(library, "with_pairs"))
 
 
-def fits(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether x (..., in or out) times this weight (out, in) in this dtype is for here."""
+def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether x (..., in or out) times this weight (out, in), in the weight's dtype, is for here."""
     many = x.numel() >= FEWEST * x.shape[-1]
     whole = all(side % COLUMNS == 0 for side in weight.shape) and x.shape[-1] <= DEEPEST
-    return many and whole and weight.dtype == dtype and weight.is_contiguous() and pays(dtype)
+    return many and whole and weight.is_contiguous() and pays(weight.dtype)
 
 
 def product(

@@ -42,6 +42,19 @@ void rms_norm_backward(long rows, long n, const void *grad, long grad_bf16, cons
     }
 }
 
+/* y = x + scale * z, of x's kind */
+void add_scaled(long count, const void *x, long x_bf16, const void *z, long z_bf16, float scale, void *y, long threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (count > SMALL)
+    for (long at = 0; at < count; at += PIECE) {
+        long n = count - at < PIECE ? count - at : PIECE;
+        float a[PIECE], b[PIECE];
+        load(a, x, x_bf16, at, n);
+        load(b, z, z_bf16, at, n);
+        for (long i = 0; i < n; i++) a[i] += scale * b[i];
+        store(y, x_bf16, at, a, n);
+    }
+}
+
 /* y = silu(gate) * up */
 void gated_silu(long count, const void *gate, const void *up, void *y, long bf16, long threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (count > SMALL)

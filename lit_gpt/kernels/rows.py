@@ -15,6 +15,7 @@ _FUNCTIONS = Functions(
     {
         "rms_norm": "llplplfplp",
         "rms_norm_backward": "llplplplpp",
+        "add_scaled": "lplplfp",
         "gated_silu": "lpppl",
         "gated_silu_backward": "lpppppl",
         "rotate": "lllllpppfpl",
@@ -63,6 +64,15 @@ def rms_norm_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor,
     numbers = (grad, _half(grad), x, _half(x), weight, _half(weight), scale, dx)
     _call("rms_norm_backward", x.numel() // n, n, *numbers)
     return dx
+
+
+def add_scaled(x: torch.Tensor, z: torch.Tensor, scale: float) -> torch.Tensor:
+    """x + scale * z, in x's dtype."""
+    x, z = x.contiguous(), z.contiguous()
+    assert x.shape == z.shape
+    y = empty(x)
+    _call("add_scaled", x.numel(), x, _half(x), z, _half(z), scale, y)
+    return y
 
 
 def gated_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
