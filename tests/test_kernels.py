@@ -1,11 +1,14 @@
 """How the C files become libraries: where there is a compiler or none, a cache or none."""
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import PROCESSOR
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 from lit_gpt import kernels
 from lit_gpt.kernels import rows
@@ -97,3 +100,44 @@ def test_what_fails_for_another_reason_is_not_tried_without_dot_products(
     with caplog.at_level(logging.WARNING):
         assert compiled_anew() is None
     assert "something else" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_memory_that_was_given_back_serves_for_the_same_size_again(dtype: torch.dtype) -> None:
+    like = torch.empty(3, 30_001, dtype=dtype)
+    _before, block, _after = (kernels.empty(like) for _ in range(3))  # neighbours, so that it stays a block of its own
+    assert (block.shape, block.dtype, block.data_ptr() % kernels.ALIGNED) == (like.shape, dtype, 0)
+    assert block.is_contiguous()
+    block.fill_(7)
+    place = block.data_ptr()
+    del block
+    assert kernels.empty(like).data_ptr() == place
+
+
+def test_memory_has_the_shape_that_is_asked_for() -> None:
+    like = torch.empty(2, 3)
+    y = kernels.empty(like, (4, 0, 5), torch.bfloat16)
+    assert (y.shape, y.dtype) == ((4, 0, 5), torch.bfloat16)
+    with FakeTensorMode():
+        assert isinstance(kernels.empty(torch.empty(2, 3), (7,)), FakeTensor)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what glibc does")
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_a_step_frees_is_kept_for_the_next(kept: bool) -> None:
+    """108 MB, freed and asked for again: whether the system has to make its pages anew."""
+    code = """
+import resource, torch
+from lit_gpt import kernels, runtime
+if KEPT:
+    runtime.keep_memory()
+def step():
+    blocks = [kernels.empty(torch.ones(1), (900_000,)).fill_(1.0) for _ in range(30)]
+    del blocks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+step(), step()
+before = step()
+print(step() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code.replace("KEPT", str(kept))], capture_output=True, text=True)
+    assert (int(done.stdout) < 1000) == kept, done.stderr

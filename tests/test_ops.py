@@ -95,6 +95,21 @@ def test_nothing_is_multiplied_in_16_bits_where_it_is_slow(dtype: torch.dtype, m
     assert set(seen) == {torch.float32}
 
 
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)],
+)
+@pytest.mark.parametrize("scale", [1.0, 0.22])
+def test_a_residual_sum_is_torchs(dtype: torch.dtype, kind: torch.dtype, scale: float) -> None:
+    x = torch.randn(3, 700, dtype=dtype, requires_grad=True)
+    update = torch.randn(3, 700, dtype=kind, requires_grad=True)
+    both(lambda *a: ops.residual(*a, scale), lambda *a: torch.add(*a, alpha=scale), x, update, tolerance=2**-8)
+    y = ops.residual(x, update, 1.0)
+    assert torch.equal(y, x + update)  # rounded alike, too
+    wider = ops.residual(x.detach().bfloat16(), update.detach().float(), scale)
+    assert wider.dtype == torch.float32
+
+
 @pytest.mark.parametrize("share", [16, 8, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rotation(share: int, dtype: torch.dtype) -> None:
