@@ -23,13 +23,15 @@ from lit_gpt import checkpoint, lora, ops, optimizers, quantization, runtime, su
 from lit_gpt.cache import KVCache
 from lit_gpt.config import Config
 from lit_gpt.generation import decode_step, prefill
+from lit_gpt.kernels import rows
 from lit_gpt.lora import LoRASettings
 from lit_gpt.model import GPT
 
 PARTS = ("program", "weights", "adapter", "gradients", "optimizer", "cache", "activations", "logits", "workspace")
-# What a CPU run was seen to hold beyond the count, at most (benchmarks/planned_memory.py): libraries grow once they work.
-# Tiny runs hold less: three times what passes. Without the bodies in C, glibc's heap has holes of 0.25 to 0.5 GB besides.
-CPU_REST = 50_000_000  # bytes
+# What a CPU run was seen to hold beyond the count, at most (benchmarks/planned_memory.py): libraries grow once they
+# work. Where it is torch that asks for what is kept, glibc's heap has holes besides, which no later block fits into.
+# Tiny runs hold less: three times what passes.
+CPU_REST, CPU_HOLES, CPU_HOLES_OF_PASSING, MOST_CPU_HOLES = 50_000_000, 250_000_000, 0.15, 500_000_000  # a share; bytes
 ROUNDING = 512  # bytes: what CUDA's allocator hands out is a multiple
 
 
@@ -164,8 +166,14 @@ def _by_depth(count: Callable[[Config, Setting], Counter[str]], config: Config, 
         found = {part: size + more * (size - small[part]) for part, size in large.items()}
     if setting.device == "cpu":
         passing = sum(found.get(part, 0) for part in ("activations", "logits", "workspace"))
-        found["program"] = runtime.resident_bytes() + min(3 * passing, CPU_REST)
+        found["program"] = runtime.resident_bytes() + min(3 * passing, _cpu_rest(config, passing))
     return Plan({part: found[part] for part in PARTS if found.get(part)})
+
+
+def _cpu_rest(config: Config, passing: int) -> int:
+    if rows.available() and (config.norm, config.mlp, config.activation) == ("rms", "gated", "silu"):
+        return CPU_REST
+    return min(CPU_HOLES + int(CPU_HOLES_OF_PASSING * passing), MOST_CPU_HOLES)
 
 
 def plan_training(config: Config, setting: Setting) -> Plan:

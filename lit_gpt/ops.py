@@ -1,4 +1,4 @@
-"""The kernel seam: every piece of arithmetic that may one day have a faster body, and nothing else.
+"""The kernel seam: every piece of arithmetic that has a faster body, but for attention and products with weights.
 
 A faster body stands beside its plain twin here, with the same signature, and a test runs both.
 """
@@ -99,7 +99,8 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype:
 
 def residual(x: torch.Tensor, update: torch.Tensor, scale: float) -> torch.Tensor:
     """x + scale * update."""
-    if not (in_c(x) and update.dtype in rows.DTYPES and torch.promote_types(x.dtype, update.dtype) == x.dtype):
+    narrower = update.dtype in rows.DTYPES and torch.promote_types(x.dtype, update.dtype) == x.dtype
+    if not (in_c(x) and narrower and x.shape == update.shape):
         return torch.add(x, update, alpha=scale)
     y: torch.Tensor = (
         _Residual.apply(x, update, scale) if torch.is_grad_enabled() else rows.add_scaled(x, update, scale)

@@ -7,6 +7,7 @@ from functools import reduce
 import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensor
+from torch.autograd.function import once_differentiable
 
 from lit_gpt import ops
 from lit_gpt.kernels import empty
@@ -48,8 +49,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     dtype, trains = ops.autocast_dtype(x), torch.is_grad_enabled()
     # One token needs each number of the weight once, which torch widens as it reads.
     wide = dtype in SLOW and ops.device_of(x) == "cpu" and (trains or x.numel() > x.shape[-1])
-    known = ops.in_c(x) and weight.dtype == dtype and (trains or own.fits(x, weight))
-    if not wide and not known:
+    fits = x.shape[-1:] == weight.shape[1:] and (bias is None or bias.shape == weight.shape[:1])
+    known = ops.in_c(x) and weight.dtype == dtype and x.numel() >= own.FEWEST * x.shape[-1]
+    if not fits or not (wide or known):
         return F.linear(x, weight, bias)
     x, weight = x.to(dtype), weight.to(dtype)
     y: torch.Tensor = _Linear.apply(x, weight, bias) if trains else _linear(x, weight, bias)
@@ -69,13 +71,14 @@ def linear_backward(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if own.fits(grad, weight):
         return own.product(grad, weight, back=True)
     d_x = empty(grad, (*grad.shape[:-1], weight.shape[1]))
-    torch.mm(grad.flatten(0, -2), weight, out=d_x.flatten(0, -2))
+    torch.mm(grad.reshape(-1, len(weight)), weight, out=d_x.view(-1, weight.shape[1]))
     return d_x
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     if goes_wide(x):
-        wide, y = x.float(), x.new_empty(*x.shape[:-1], len(weight))
+        wide, shape = x.float(), (*x.shape[:-1], len(weight))
+        y = empty(x, shape) if ops.in_c(x) else x.new_empty(shape)
         with as_they_are(x):
             for rows_of, part in _pieces(weight):
                 y[..., rows_of] = _linear(wide, part, None if bias is None else bias[rows_of].float())
@@ -85,7 +88,7 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     if own.fits(x, weight):
         return own.product(x, weight, bias)
     y = empty(x, (*x.shape[:-1], len(weight)))
-    flat, out = x.flatten(0, -2), y.flatten(0, -2)
+    flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, len(weight))
     if bias is None:
         torch.mm(flat, weight.t(), out=out)
     else:
@@ -110,6 +113,7 @@ class _Linear(torch.autograd.Function):
         return _linear(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         d_x, d_weight, d_bias = None, None, None

@@ -1,6 +1,7 @@
 """How the C files become libraries: where there is a compiler or none, a cache or none."""
 
 import logging
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -122,10 +123,9 @@ def test_memory_has_the_shape_that_is_asked_for() -> None:
         assert isinstance(kernels.empty(torch.empty(2, 3), (7,)), FakeTensor)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what glibc does")
-@pytest.mark.parametrize("kept", [True, False])
-def test_what_a_step_frees_is_kept_for_the_next(kept: bool) -> None:
-    """108 MB, freed and asked for again: whether the system has to make its pages anew."""
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what glibc does")
+def test_what_a_step_frees_is_kept_for_the_next() -> None:
+    """108 MB, freed and asked for again: the system has not to make their pages anew."""
     code = """
 import resource, torch
 from lit_gpt import kernels, runtime
@@ -139,5 +139,8 @@ step(), step()
 before = step()
 print(step() - before)
 """
-    done = subprocess.run([sys.executable, "-c", code.replace("KEPT", str(kept))], capture_output=True, text=True)
-    assert (int(done.stdout) < 1000) == kept, done.stderr
+    kept, anew = (
+        int(subprocess.run([sys.executable, "-c", code.replace("KEPT", word)], capture_output=True, check=True).stdout)
+        for word in ("True", "False")
+    )
+    assert kept * 4 < anew

@@ -102,14 +102,15 @@ def empty(like: torch.Tensor, shape: Sequence[int] | None = None, dtype: torch.d
 
     torch asks malloc for addresses that are multiples of 64, and glibc before 2.38 takes for that only blocks that are
     some bytes larger: one that was freed never serves for the same size again, and a step leaves hundreds of holes.
-    Without that wish they are found again; the address is made even within the block. (benchmarks/LOG.md)
+    Without that wish they are found again; the address is made even within the block. (benchmarks/LOG.md) It is numpy
+    that asks, which for blocks of 4 MiB and more also asks the system for huge pages.
     """
     shape, dtype = like.shape if shape is None else shape, dtype or like.dtype
     if isinstance(like, FakeTensor):
         return like.new_empty(shape, dtype=dtype)
     block = torch.from_numpy(np.empty(math.prod(shape) * dtype.itemsize + ALIGNED, np.uint8))
     offset = -block.data_ptr() % ALIGNED // dtype.itemsize
-    return torch.empty(0, dtype=dtype).set_(block.untyped_storage(), offset, shape)  # type: ignore[call-overload]
+    return torch.empty(0, dtype=dtype, device="cpu").set_(block.untyped_storage(), offset, shape)  # type: ignore[call-overload]
 
 
 class Functions:

@@ -65,14 +65,14 @@ void product(long m, long n, long k, long back, const word *x, long line, const 
     static const float no_bias[COLUMNS];
     long size = bf16 ? sizeof(uint16_t) : sizeof(float), depth = k * size / sizeof(word);
     long column = back ? size : k * size, apart = back ? n * size : LINE; /* bytes from one to the next, of W */
-    long n_lines = back ? k : COLUMNS * k * size / LINE;                  /* of COLUMNS */
+    long n_pieces = back ? k : COLUMNS * k * size / LINE, piece = back ? COLUMNS * size : LINE; /* of COLUMNS */
 #pragma omp parallel num_threads(threads)
     {
         word *b = room + omp_get_thread_num() * depth * COLUMNS;
 #pragma omp for schedule(dynamic)
         for (long j = 0; j < n; j += COLUMNS) {
             const char *own = (const char *)w + j * column, *next = own + threads * COLUMNS * column;
-            long fetched = j + threads * COLUMNS < n ? 0 : n_lines;
+            long fetched = j + threads * COLUMNS < n ? 0 : n_pieces;
             if (back)
                 side_by_side(bf16, own, n, depth, b);
             else
@@ -86,8 +86,8 @@ void product(long m, long n, long k, long back, const word *x, long line, const 
                 for (long p = 0; !bf16 && p < depth; p += AT_ONCE)
                     tile(0, n, depth - p < AT_ONCE ? depth - p : AT_ONCE, x + at * line + p, line, b + p * COLUMNS,
                          p ? to : first, p ? n : 0, to);
-                for (long until = n_lines * (at + TOKENS) / m; fetched < until; fetched++)
-                    __builtin_prefetch(next + fetched * apart, 0, 2);
+                for (long until = n_pieces * (at + TOKENS) / m; fetched < until; fetched++)
+                    for (long i = 0; i < piece; i += LINE) __builtin_prefetch(next + fetched * apart + i, 0, 2);
             }
         }
     }

@@ -1,7 +1,7 @@
 """Products of many tokens with a weight, and their way back; see products.c.
 
-On AMD's processors torch's own take longer: its library for float32 is Intel's, and that for bfloat16 waits for weights
-that the last product pushed out of the cache (benchmarks/LOG.md).
+In float32 they are for AMD's processors, where torch's library is Intel's and slower; in bfloat16 where pairs are what
+the processor is best at, since torch's waits for weights that the last product pushed out of the cache (benchmarks/LOG.md).
 """
 
 import ctypes
@@ -14,7 +14,6 @@ from lit_gpt.kernels import PROCESSORS, Functions, empty, in_pairs
 
 FEWEST = 16  # tokens, from which on laying the weight out pays
 COLUMNS = 32  # of which a weight's sides are multiples
-DEEPEST = 2**15  # numbers of a token, beyond which the caches are too small: a head's way back is left to torch
 DEEPEST = 2**15  # numbers of a token, beyond which the caches are too small: a head's way back is left to torch
 PAGE, LINES = 4096, 128  # bytes: tokens whole pages apart push each other out of the nearest cache; two lines more help
 _FUNCTIONS = Functions("products", {"product": "llllplppppl"})
@@ -50,13 +49,18 @@ def product(
     """x (..., in) weight^T + bias, (..., out); `back` x (..., out) weight, (..., in). Only where it `fits`."""
     n, k = reversed(weight.shape) if back else weight.shape
     rows = x.reshape(-1, k).contiguous()
+    assert x.shape[-1] == k
     assert len(rows) >= FEWEST
+    assert x.dtype == weight.dtype
+    assert bias is None or bias.shape == (n,)
     size = x.element_size()
     if k * size % PAGE == 0:
-        rows = torch.cat((rows, rows.new_empty(len(rows), LINES // size)), dim=1)
+        apart = empty(rows, (len(rows), k + LINES // size))
+        apart[:, :k] = rows
+        rows = apart
     y = empty(x, (*x.shape[:-1], n))
     room = empty(x, (torch.get_num_threads(), k * size // 4, COLUMNS), torch.float32)
-    bias = None if bias is None else bias.float()
+    bias = None if bias is None else bias.float().contiguous()
     line = rows.shape[1] * size // 4
     _FUNCTIONS.call("product", len(rows), n, k, back, rows, line, weight, bias, y, room, x.dtype == torch.bfloat16)
     return y
