@@ -69,6 +69,7 @@ def main() -> None:
             "litgpt, bf16": [litgpt, HERE / "peers/train_litgpt.py", litgpt_model, data, PEER_STEPS, "bf16-true"],
             "peft + trl, bf16": [*trl, "bf16"],
             "ours, bf16": [*ours, 4, "bf16-true"],
+            "ours, bf16, micro-batch 3": [*ours, 3, "bf16-true"],
             "ours, bf16, micro-batch 2": [*ours, 2, "bf16-true"],
             "ours, bf16, micro-batch 1": [*ours, 1, "bf16-true"],
             "ours, bf16, checkpointing": [*ours, 4, "bf16-true", "--activation_checkpointing=true"],
