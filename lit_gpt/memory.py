@@ -171,6 +171,7 @@ def _by_depth(count: Callable[[Config, Setting], Counter[str]], config: Config, 
 
 
 def _cpu_rest(config: Config, passing: int) -> int:
+    """What comes on top on a CPU: little, where the bodies in C make all that a step keeps."""
     if rows.available() and (config.norm, config.mlp, config.activation) == ("rms", "gated", "silu"):
         return CPU_REST
     return min(CPU_HOLES + int(CPU_HOLES_OF_PASSING * passing), MOST_CPU_HOLES)

@@ -1,7 +1,8 @@
 """Products of many tokens with a weight, and their way back; see products.c.
 
 In float32 they are for AMD's processors, where torch's library is Intel's and slower; in bfloat16 where pairs are what
-the processor is best at, since torch's waits for weights that the last product pushed out of the cache (LOG.md).
+the processor is best at, since torch's waits for weights that the last product pushed out of the cache.
+(benchmarks/LOG.md has both.)
 """
 
 import ctypes
