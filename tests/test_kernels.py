@@ -103,20 +103,26 @@ def test_what_fails_for_another_reason_is_not_tried_without_dot_products(
     assert "something else" in caplog.text
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
-def test_memory_that_was_given_back_serves_for_the_same_size_again(dtype: torch.dtype) -> None:
-    like = torch.empty(3, 30_001, dtype=dtype)
-    _before, block, _after = (kernels.empty(like) for _ in range(3))  # neighbours, so that it stays a block of its own
-    assert (block.shape, block.dtype, block.data_ptr() % kernels.ALIGNED) == (like.shape, dtype, 0)
-    assert block.is_contiguous()
-    block.fill_(7)
-    place = block.data_ptr()
-    del block
-    assert kernels.empty(like).data_ptr() == place
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what glibc does")
+def test_memory_that_was_given_back_serves_for_the_same_size_again() -> None:
+    """Every other one of 40 blocks is freed, in a heap of its own: those that follow lie where it was."""
+    code = """
+import torch
+from lit_gpt import kernels
+blocks = [kernels.empty(torch.empty(0), (30_001,)) for _ in range(40)]
+free = {block.data_ptr() for block in blocks[1::2]}
+del blocks[1::2]
+print(len(free & {block.data_ptr() for block in [kernels.empty(torch.empty(0), (30_001,)) for _ in free]}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert int(done.stdout) == 20  # torch.empty with glibc 2.36: 0, 1, 1 and once 18
 
 
 def test_memory_has_the_shape_that_is_asked_for() -> None:
-    like = torch.empty(2, 3)
+    for like in (torch.empty(3, 301), torch.empty(301, 3).t(), torch.empty(5, dtype=torch.uint8)):
+        y = kernels.empty(like)
+        assert (y.shape, y.dtype, y.data_ptr() % kernels.ALIGNED) == (like.shape, like.dtype, 0)
+        assert y.is_contiguous()
     y = kernels.empty(like, (4, 0, 5), torch.bfloat16)
     assert (y.shape, y.dtype) == ((4, 0, 5), torch.bfloat16)
     with FakeTensorMode():
