@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from inspect import signature
 from typing import Any
 
@@ -173,12 +173,16 @@ def _causal(
 
 @cache
 def _kernel_of_varlen() -> Callable[..., Any] | None:
-    """Torch's, None where this version has none or one that knows no windows and no groups."""
+    """Torch's, None where this version has none or one that knows no windows."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    return varlen_attn if {"scale", "window_size", "enable_gqa"} <= set(signature(varlen_attn).parameters) else None
+    known = set(signature(varlen_attn).parameters)
+    if not {"scale", "window_size"} <= known:
+        return None
+    # Before it had this flag it took groups unasked (torch 2.11).
+    return partial(varlen_attn, enable_gqa=True) if "enable_gqa" in known else varlen_attn
 
 
 def _varlen(
@@ -191,9 +195,7 @@ def _varlen(
     bounds, longest = layout.bounds(q.device), max(layout.lengths)
     before = -1 if window is None else window - 1  # it counts those before a token, -1 for all
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))
-    y: torch.Tensor = kernel(
-        q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(before, 0), enable_gqa=True
-    )
+    y: torch.Tensor = kernel(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(before, 0))
     return y.transpose(0, 1).unsqueeze(0)
 
 

@@ -176,9 +176,8 @@ def test_causal_softmax_by_a_negative_scale() -> None:
     torch.testing.assert_close(attention.causal_softmax(scores.clone(), 3, -0.7), wanted)
 
 
-def varlen_as_told(q, k, v, starts, _, longest, __, *, scale, window_size, enable_gqa):
+def varlen_as_told(q, k, v, starts, _, longest, __, *, scale, window_size):
     """What torch's documentation says of its kernel, which CPUs do not have."""
-    assert enable_gqa
     assert window_size[1] == 0
     assert starts.dtype == torch.int32
     lengths = starts.diff().tolist()
