@@ -53,7 +53,7 @@ def main(
     job = Job(data_dir, checkpoint_dir, out_dir, train, eval, None, {**settings, "precision": kind.name})
     fabric = runtime.launch(kind, devices, num_nodes)
     fabric.seed_everything(seed, verbose=False)
-    model = checkpoint.load_model(checkpoint_dir, kind.trained, device=fabric.device)
+    model = job.load_model(fabric, kind.trained)
     checkpoint.unfreeze(model)
     runtime.change_blocks(model, compiled=job.compiles(fabric), checkpointed=activation_checkpointing)
 

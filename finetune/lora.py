@@ -73,8 +73,7 @@ def main(
     job = Job(data_dir, checkpoint_dir, out_dir, train, eval, adapter, {**settings, "precision": kind.name})
     fabric = runtime.launch(kind, devices, num_nodes)
     fabric.seed_everything(seed, verbose=False)
-    how = {"device": fabric.device, "quantize": bits, "norm_dtype": kind.trained}
-    model = checkpoint.load_model(checkpoint_dir, kind.frozen, **how)
+    model = job.load_model(fabric, kind.frozen, norm_dtype=kind.trained, quantize=bits)
     lora.attach(model, adapter)
     runtime.change_blocks(model, compiled=job.compiles(fabric), checkpointed=activation_checkpointing)
 

@@ -1,5 +1,7 @@
 """The key/value cache of generation, owned by whoever generates."""
 
+from typing import Any
+
 import torch
 
 
@@ -15,6 +17,12 @@ class KVCache:
         self.lengths = [0] * batch  # tokens stored per row
         self._positions: dict[int, torch.Tensor] = {}  # by the number of new tokens: every layer asks for the same
         self._stores: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * n_layer  # k, v (B, G, capacity, D)
+        self.recorded: Any = None  # the step that a GPU replays on these stores, see recorded.py
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rows differ in length."""
+        return len(set(self.lengths)) > 1
 
     def positions(self, n_new: int) -> torch.Tensor:
         """Positions (B, n_new) of the tokens that come next."""
@@ -58,5 +66,6 @@ class KVCache:
 
     def select(self, rows: list[int]) -> None:
         """Keep only these rows: the sequences that are not finished."""
+        self.recorded = None
         self.truncate([self.lengths[row] for row in rows])
         self._stores = [None if store is None else (store[0][rows], store[1][rows]) for store in self._stores]

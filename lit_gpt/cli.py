@@ -12,8 +12,9 @@ YAML = "yaml without aliases"
 def run(main: Callable[..., int | None]) -> None:
     """Run `main` with the command line's flags, or those of a file given by `--config`.
 
-    A `ValueError` or `OSError` is what a user can mend: it is printed as one line and the exit status is 1 (a mistyped
-    flag gives 2). Anything else is our mistake and keeps its traceback; `LIT_GPT_TRACEBACK=1` shows every traceback.
+    A `ValueError` or `OSError` is what a user can mend, and so is a lack of memory: it is printed as one line and the
+    exit status is 1 (a mistyped flag gives 2). Anything else is our mistake and keeps its traceback;
+    `LIT_GPT_TRACEBACK=1` shows every traceback.
     """
     from jsonargparse import auto_cli, set_loader
     from yaml import YAMLError
@@ -34,6 +35,14 @@ def run(main: Callable[..., int | None]) -> None:
             reason = "a group of settings, such as train, holds something else" if is_group else error
             error = ValueError(f"{config} cannot be read: {reason}")
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except (RuntimeError, MemoryError) as error:
+        from lit_gpt.runtime import is_out_of_memory
+
+        if os.environ.get("LIT_GPT_TRACEBACK") or not is_out_of_memory(error):
+            raise
+        reason = str(error).split(". ")[0]
+        print(f"error: {reason or 'out of memory'}; see tutorials/oom.md for what takes less", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

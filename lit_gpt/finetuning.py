@@ -24,6 +24,7 @@ from lit_gpt.runtime import (
     PRECISIONS,
     device_of_this_machine,
     is_first_process,
+    is_out_of_memory,
     keep_few_products,
     keep_memory,
     memory_limit_bytes,
@@ -94,6 +95,11 @@ class Job:
             device_of_this_machine().type,
         )
         self.plan = memory.plan_training(config, self.memory)
+
+    def load_model(self, fabric: "Fabric", dtype: torch.dtype, **how: Any) -> GPT:
+        """`checkpoint.load_model` of the base, on the run's device. ValueError with advice if it has no room."""
+        with self._advising(fabric.device):
+            return checkpoint.load_model(self.checkpoint_dir, dtype, device=fabric.device, **how)
 
     def compiles(self, fabric: "Fabric") -> bool:
         """Whether `--compile` means this run."""
@@ -231,7 +237,7 @@ class Job:
         try:
             yield
         except (RuntimeError, MemoryError) as error:
-            if not memory.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             limit = memory_limit_bytes(device)
             raise ValueError(

@@ -264,11 +264,6 @@ def advice(config: Config, setting: Setting, limit: float) -> str:
     return f"nothing fits {limit / 1e9:.2f} GB; take a smaller model"
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
 def parse_size(text: str) -> float:
     """Bytes of a size such as `24GB`, `24 GiB` or `800MB`. Raises ValueError for anything else."""
     units = {"GB": 1e9, "GIB": 2**30, "MB": 1e6, "MIB": 2**20}

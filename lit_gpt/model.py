@@ -89,8 +89,7 @@ class Transformer(nn.Module):
         layout = layout or Layout.of(tokens, lengths)
         if cache is not None:
             positions = cache.positions(tokens.shape[1]).to(tokens.device)
-            ragged = len(set(cache.lengths)) > 1
-            layout = Layout(positions, max(cache.lengths) + tokens.shape[1], cached=True, ragged=ragged)
+            layout = Layout(positions, max(cache.lengths) + tokens.shape[1], cached=True, ragged=cache.ragged)
         # The residual stream takes the norms' precision: under mixed precision that is float32 over a bfloat16 base.
         dtype = next(self.ln_f.parameters(), self.wte.weight).dtype
         x = self.wte(tokens).to(dtype)

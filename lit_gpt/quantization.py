@@ -152,6 +152,7 @@ class Linear4bit(QuantizedLinear):
         self.levels, self.block = kind.removeprefix("bnb.").removesuffix("-dq"), BLOCK
         self.nested_levels = _nested_levels() if kind.endswith("-dq") else ()
         self.packed: tuple[torch.Tensor, torch.Tensor] | None = None  # for one-token decoding, see `pack`
+        self._tables: dict[int, torch.Tensor] = {}  # levels, where the weight is
 
     def fill(self, weight: torch.Tensor) -> None:
         codes, absmax = quantize_4bit(weight, self.levels)
@@ -179,10 +180,15 @@ class Linear4bit(QuantizedLinear):
         assert stored is not None
         if not self.kind.endswith("-dq"):
             return stored
-        code = torch.tensor(self.nested_levels, device=stored.device)
-        operator = torch.ops.bitsandbytes.dequantize_blockwise.default
-        absmax = operator(stored, self.get_buffer("nested_absmax"), code, NESTED_BLOCK, torch.float32)
+        code, nested = self._table(self.nested_levels, stored.device), self.get_buffer("nested_absmax")
+        absmax = torch.ops.bitsandbytes.dequantize_blockwise.default(stored, nested, code, NESTED_BLOCK, torch.float32)
         return absmax + self.get_buffer("offset")
+
+    def _table(self, levels: Sequence[float], device: torch.device) -> torch.Tensor:
+        table = self._tables.get(len(levels))
+        if table is None or table.device != device:
+            table = self._tables[len(levels)] = torch.tensor(levels, device=device)
+        return table
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         shape = (self.out_features, self.in_features)
@@ -230,21 +236,33 @@ class Linear4bit(QuantizedLinear):
             return False
         absmax = self.scales().view(n, k // self.block).t().to(torch.bfloat16).contiguous()
         self.packed = (pack_rows(self.weight.view(n, k // 2)), absmax)
-        self.code = functional.get_4bit_type(self.levels, device="cpu")
         self.weight = nn.Parameter(self.packed[0], requires_grad=False)
         self._buffers.clear()
         return True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.packed is None:
-            return super().forward(x)
-        weight, absmax = self.packed
+        if self.packed is not None:
+            return self._without_weight(x, *self.packed)
+        one = x.is_cuda and x.numel() == self.in_features and not torch.is_grad_enabled()
+        if one and self.in_features % self.block == 0:
+            return self._without_weight(x, self.weight, self.scales())
+        return super().forward(x)
+
+    def _without_weight(self, x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+        """By the kernel that reads the codes themselves; it rounds a number's level and scale before they meet."""
         mixed = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if mixed else x.dtype
-        shape = [self.out_features, self.in_features]
+        shape, code = [self.out_features, self.in_features], self._table(_levels(self.levels), x.device)
         operator = torch.ops.bitsandbytes.gemv_4bit.default
-        y = operator(x.to(dtype).contiguous(), weight, shape, absmax, self.code, self.block)
+        y = operator(x.to(dtype).contiguous(), codes, shape, absmax, code, self.block)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+@cache
+def _levels(name: str) -> tuple[float, ...]:
+    """Those of `levels_of` as numbers."""
+    levels: list[float] = levels_of(name).tolist()
+    return tuple(levels)
 
 
 @cache

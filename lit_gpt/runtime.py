@@ -185,6 +185,11 @@ def resident_bytes() -> int:
         return 0
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
 def memory_limit_bytes(device: torch.device) -> int:
     """What a process may use: the GPU's memory, or the machine's (the container's, if that is less)."""
     if device.type == "cuda":

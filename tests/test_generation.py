@@ -1,9 +1,13 @@
-"""What the sampler may draw."""
+"""What the sampler may draw, and steps as a GPU records them."""
+
+from pathlib import Path
 
 import pytest
 import torch
+from twins import make_twin
 
-from lit_gpt.generation import Sampler
+from lit_gpt import checkpoint, recorded
+from lit_gpt.generation import Sampler, generate_batch
 
 LOGITS = torch.log(torch.tensor([[0.5, 0.25, 0.15, 0.1], [0.1, 0.2, 0.3, 0.4]]))
 
@@ -42,3 +46,25 @@ def test_top_k_and_top_p_keep_the_likeliest() -> None:
 def test_a_seed_repeats() -> None:
     first, second = sampler(), sampler()
     assert [first(LOGITS).tolist() for _ in range(20)] == [second(LOGITS).tolist() for _ in range(20)]
+
+
+@pytest.mark.parametrize("family", ["llama-grouped", "mistral", "gemma2", "qwen2-tied-window", "gpt2", "neox"])
+def test_a_step_to_be_recorded_finds_each_tokens_place(family: str, tmp_path: Path) -> None:
+    """Keys and values lie where they would, and nothing else of the stores is seen; here nothing can be recorded."""
+    make_twin(family, tmp_path)
+    model = checkpoint.load_model(tmp_path, torch.float32).eval()
+    prompts = [[5, 9, 60], [7, 2, 3, 11, 80, 12, 44, 3, 90, 17], [1]]
+    stops = {(1, 4), (0, 9)}  # row and step: the batch shrinks
+
+    def continued(step) -> list[list[int | None]]:
+        seen = [0, 0, 0]
+
+        def ends(row: int, token: int) -> bool:
+            seen[row] += 1
+            return (row, seen[row]) in stops
+
+        return list(generate_batch(model, prompts, 20, ends=ends, step=step))
+
+    with pytest.warns(UserWarning, match="none can be recorded"):
+        found = continued(recorded.step)
+    assert found == continued(lambda model, tokens, cache: model(tokens, cache=cache)[:, -1])

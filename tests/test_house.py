@@ -19,7 +19,7 @@ MAY_IMPORT = {  # what a room may import of the package; those not named see eve
     "attention": {"ops", "products"},
     "bnb": {"files", "quantization"},
     "cache": set(),
-    "cli": set(),
+    "cli": {"runtime"},
     "config": {"families", "files"},  # families inside from_name only
     "files": set(),
     "ops": set(),
@@ -38,7 +38,8 @@ MAY_IMPORT = {  # what a room may import of the package; those not named see eve
     "model": {"attention", "cache", "config", "ops", "products", "rope"},
     "lora": {"ops", "products", "surgery"},
     "families": {"config", "families", "rope"},
-    "generation": {"cache", "model"},
+    "generation": {"cache", "model", "recorded"},
+    "recorded": {"cache", "model", "rope"},
     "training": {"args", "data", "report"},
     "data": {"checkpoint", "files", "model", "prompts", "tokenizer", "workers"},
 }
