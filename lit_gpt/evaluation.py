@@ -1,6 +1,7 @@
 """A model behind lm-eval's interface: base, merged, or base with an adapter run unmerged. Needs lm-eval installed."""
 
 import fnmatch
+import os.path
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ OLD_NAMES = {  # the original's spelling -> today's; `*` on the left is carried 
     "truthfulqa_mc": "truthfulqa_mc1,truthfulqa_mc2",
     "lambada": "lambada_openai",
 }
+AT_ONCE = 256  # rows of logits
 Request = tuple[tuple[str, str], list[int], list[int]]
 
 
@@ -44,9 +46,15 @@ def find_tasks(wanted: Sequence[str], manager: TaskManager) -> list[str]:
     return found
 
 
+def _alike(item: Sequence[Request]) -> int:
+    """With how many of the tokens that are run all answers of an item begin."""
+    answers = [wanted[:-1] for _, _, wanted in item]
+    return len(os.path.commonprefix(answers))  # noqa: RUF071 - it takes sequences of anything
+
+
 def _row_length(item: Sequence[Request]) -> int:
-    """Tokens of a context and of what follows it in each of its requests."""
-    return len(item[0][1]) + sum(len(wanted) - 1 for _, _, wanted in item)
+    """Tokens of a context and of what follows it in each of its requests; what these begin with is there once."""
+    return len(item[0][1]) + sum(len(wanted) - 1 for _, _, wanted in item) - (len(item) - 1) * _alike(item)
 
 
 def _batches(items: Iterable[tuple[int, list[int]]], most: int) -> Iterator[list[list[int]]]:
@@ -153,36 +161,43 @@ class LitGPT(TemplateLM):
             room = self._room(item)
             if room < 1:
                 raise ValueError(f"an answer has more than the {self.max_length} tokens that the model can see")
-            context = item[0][1][-room:]  # cut on the left to what the model can see
-            begin, n = len(tokens), len(context)
-            tokens += context
+            context, alike = item[0][1][-room:], _alike(item)  # cut on the left to what the model can see
+            begin, n = len(tokens), len(context) + alike
+            tokens += context + item[0][2][:alike]
             positions += range(n)
             branches += [0] * n
             for branch, (_, _, wanted) in enumerate(item, start=1):
-                more = len(wanted) - 1
-                asked += [begin + n - 1, *range(len(tokens), len(tokens) + more)]
-                tokens += wanted[:-1]
+                more = len(wanted) - 1 - alike
+                asked += [*range(begin + n - 1 - alike, begin + n), *range(len(tokens), len(tokens) + more)]
+                tokens += wanted[alike:-1]
                 positions += range(n, n + more)
                 branches += [branch] * more
             lengths.append(len(tokens) - begin)
         ids, at, branch_of = torch.tensor([tokens, positions, branches], device=self.assistant.device)[:, None]
         layout = Layout(at, max(positions) + 1, lengths, branch_of if any(len(item) > 1 for item in items) else None)
         x = self.model.transformer(ids, layout=layout)[0]
-        return self._compared(x[asked], [wanted for item in items for _, _, wanted in item])
+        return self._compared(x, asked, [wanted for item in items for _, _, wanted in item])
 
-    def _compared(self, x: torch.Tensor, answers: Sequence[list[int]]) -> list[tuple[float, bool]]:
-        """Of states (n, C) before the tokens of all answers: each one's log probability, and whether it is likeliest.
+    def _compared(
+        self, x: torch.Tensor, asked: Sequence[int], answers: Sequence[list[int]]
+    ) -> list[tuple[float, bool]]:
+        """Each answer's log probability, and whether it is the likeliest; `asked` are the places in x of its states.
 
-        Logits are of a few hundred tokens at a time: more would not stay in a cache.
+        Answers share places, whose logits are made once; of a few hundred at a time: more would not stay in a cache.
         """
         wanted = torch.tensor([token for answer in answers for token in answer], device=x.device)
-        losses, likeliest = [], []
-        for states, labels in zip(x.split(256), wanted.split(256), strict=True):
-            logits = self.model.head(states)
-            losses.append(ops.cross_entropy(logits, labels, False)[0])
-            likeliest.append(greedy(logits) == labels)
+        places, row_of = torch.tensor(asked, device=x.device).unique(return_inverse=True)
+        losses, likeliest = torch.empty(len(wanted), device=x.device), torch.empty_like(wanted)
+        for start in range(0, len(places), AT_ONCE):
+            logits = self.model.head(x[places[start : start + AT_ONCE]])
+            best = greedy(logits)
+            least = ops.cross_entropy(logits, best, False)[0]
+            here = ((row_of >= start) & (row_of < start + AT_ONCE)).nonzero()[:, 0]
+            rows = row_of[here] - start
+            likeliest[here] = best[rows]
+            losses[here] = least[rows] + (logits[rows, best[rows]].float() - logits[rows, wanted[here]].float())
         counts = [len(answer) for answer in answers]
-        parts = zip(torch.cat(losses).split(counts), torch.cat(likeliest).split(counts), strict=True)
+        parts = zip(losses.split(counts), (likeliest == wanted).split(counts), strict=True)
         return [(-float(loss.sum()), bool(is_best.all())) for loss, is_best in parts]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:

@@ -33,6 +33,9 @@ PARTS = ("program", "weights", "adapter", "gradients", "optimizer", "cache", "ac
 # Tiny runs hold less: three times what passes.
 CPU_REST, CPU_HOLES, CPU_HOLES_OF_PASSING, MOST_CPU_HOLES = 50_000_000, 250_000_000, 0.15, 500_000_000  # a share; bytes
 ROUNDING = 512  # bytes: what CUDA's allocator hands out is a multiple
+# What 13 settings of a 7B model held beyond the count on an H100, 0.05 to 0.14 GB (benchmarks/gpu.py): cuBLAS asks for
+# 32 MiB for each of the threads that go there and back.
+GPU_REST = 70_000_000
 
 
 class Ledger(TorchDispatchMode):
@@ -167,6 +170,8 @@ def _by_depth(count: Callable[[Config, Setting], Counter[str]], config: Config, 
     if setting.device == "cpu":
         passing = sum(found.get(part, 0) for part in ("activations", "logits", "workspace"))
         found["program"] = runtime.resident_bytes() + min(3 * passing, _cpu_rest(config, passing))
+    else:
+        found["workspace"] = found.get("workspace", 0) + GPU_REST
     return Plan({part: found[part] for part in PARTS if found.get(part)})
 
 

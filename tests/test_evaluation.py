@@ -87,6 +87,7 @@ def test_every_choices_likelihood_equals_lm_evals_own() -> None:
     pairs = [(item["q"], choice) for item in ITEMS[:4] for choice in item["choices"]] + [
         ("", "Once"),
         ("a " * 600, "b"),
+        *(("She", end) for end in (" was very happy", " was very happy and then", " was very sad", " was very happy")),
     ]
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
     theirs = HFLM(pretrained=str(STORIES), dtype="float32", device="cpu", batch_size=4).loglikelihood(requests)
@@ -94,6 +95,18 @@ def test_every_choices_likelihood_equals_lm_evals_own() -> None:
     for (value, greedy), (expected, also) in zip(ours, theirs, strict=True):
         assert value == pytest.approx(expected, abs=1e-4)
         assert greedy == also
+
+
+def test_what_answers_begin_with_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LitGPT(Assistant(STORIES, "32-true"), 3)
+    context, beginning = [1, 400], [300, 261, 378]
+    requests = [(("", ""), context, beginning + own) for own in ([12], [13, 14, 15], [13, 16])]
+    seen, forward = [], model.model.transformer.forward
+    monkeypatch.setattr(model.model.transformer, "forward", lambda *a, **k: seen.append(a[0]) or forward(*a, **k))
+    together = model._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert [tokens.tolist() for tokens in seen] == [[context + beginning + [13, 14] + [13]]]
+    alone = [model._loglikelihood_tokens([request], disable_tqdm=True)[0] for request in requests]
+    assert [score for score, _ in together] == pytest.approx([score for score, _ in alone], abs=1e-4)
 
 
 def test_a_batch_holds_no_more_tokens_than_it_may() -> None:
