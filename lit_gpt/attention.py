@@ -212,7 +212,7 @@ def _takes_varlen(q: torch.Tensor, groups: int) -> bool:
 def varlen_is_right(device: torch.device, dtype: torch.dtype, heads: int, groups: int, size: int) -> bool:
     """Whether `_varlen` gives what one row after the other gives, on the way back too; warns where it does not.
 
-    GPUs and builds of torch differ in what they have, and none was there when this was written.
+    GPUs and builds of torch differ in what they have; an H100 with torch 2.11 passed.
     """
     lengths, n = (3, 70, 1), 74
 
