@@ -106,7 +106,7 @@ def measured_training(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     wrapped, optimizer = fabric.setup(model.train(), optimizers.resolve(setting.optimizer)(trained, lr=1e-4))
     batches = [batch_of([n - 1 for n in setting.rows], config.vocab_size)] * micro_batches
-    n_tokens = micro_batches * sum(setting.rows)
+    n_tokens = micro_batches * sum(n - 1 for n in setting.rows)
     return measured(lambda: train_step(fabric, wrapped, optimizer, batches, max_norm=1.0), n_tokens, turns)
 
 

@@ -337,6 +337,9 @@ def _masked(
     """`hidden` (T, S) or (B, 1, T, S) is True where a query must not look."""
     if softcap is None:
         visible = None if hidden is None else ~hidden
+        if q.shape[2] == 1:  # heads of one group as its rows: on a GPU kernels that take a mask know no groups
+            grouped = q.reshape(len(q), k.shape[1], -1, q.shape[3])
+            return F.scaled_dot_product_attention(grouped, k, v, visible, scale=scale).reshape(*q.shape[:3], -1)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=True)
     batch, heads, n, size = q.shape
     groups = k.shape[1]

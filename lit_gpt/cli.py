@@ -1,6 +1,7 @@
 """From a typed function to a command: its signature is the flags, its docstring the help, a user's mistake one line."""
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -12,9 +13,9 @@ YAML = "yaml without aliases"
 def run(main: Callable[..., int | None]) -> None:
     """Run `main` with the command line's flags, or those of a file given by `--config`.
 
-    A `ValueError` or `OSError` is what a user can mend, and so is a lack of memory: it is printed as one line and the
-    exit status is 1 (a mistyped flag gives 2). Anything else is our mistake and keeps its traceback;
-    `LIT_GPT_TRACEBACK=1` shows every traceback.
+    What a user can mend, a `ValueError`, an `OSError` or a lack of memory, is printed as one line, and the exit status
+    is 1 (a mistyped flag gives 2). Anything else is our mistake and keeps its traceback; `LIT_GPT_TRACEBACK=1` shows
+    every traceback.
     """
     from jsonargparse import auto_cli, set_loader
     from yaml import YAMLError
@@ -41,8 +42,9 @@ def run(main: Callable[..., int | None]) -> None:
 
         if os.environ.get("LIT_GPT_TRACEBACK") or not is_out_of_memory(error):
             raise
-        reason = str(error).split(". ")[0]
-        print(f"error: {reason or 'out of memory'}; see tutorials/oom.md for what takes less", file=sys.stderr)
+        tried = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
+        told = f" ({tried[0].lower()})" if tried else ""
+        print(f"error: out of memory{told}; see tutorials/oom.md for what takes less", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

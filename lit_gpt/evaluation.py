@@ -46,10 +46,14 @@ def find_tasks(wanted: Sequence[str], manager: TaskManager) -> list[str]:
     return found
 
 
+def _beginning(answers: Sequence[list[int]]) -> list[int]:
+    """What all of them begin with."""
+    return list(os.path.commonprefix(answers))  # noqa: RUF071 - it takes sequences of anything
+
+
 def _alike(item: Sequence[Request]) -> int:
     """With how many of the tokens that are run all answers of an item begin."""
-    answers = [wanted[:-1] for _, _, wanted in item]
-    return len(os.path.commonprefix(answers))  # noqa: RUF071 - it takes sequences of anything
+    return len(_beginning([wanted[:-1] for _, _, wanted in item]))
 
 
 def _row_length(item: Sequence[Request]) -> int:
@@ -137,14 +141,17 @@ class LitGPT(TemplateLM):
     def _items(self, requests: Sequence[Request]) -> list[list[int]]:
         """Places of requests with one context, which is run once for all of them, as far as a row holds them."""
         items: list[list[int]] = []
-        open_items: dict[tuple[int, ...], list[int]] = {}
-        for index, (_, context, _wanted) in enumerate(requests):
-            item = open_items.get(tuple(context), [])
-            length = _row_length([*(requests[i] for i in item), requests[index]])
-            if not item or self.by_length or length > self.max_length:
-                item = open_items[tuple(context)] = []
+        # Of the item that is open for a context: its places, its answers' tokens and what these begin with.
+        open_items: dict[tuple[int, ...], tuple[list[int], int, list[int]]] = {}
+        for index, (_, context, wanted) in enumerate(requests):
+            run = wanted[:-1]
+            item, n_run, alike = open_items.get(tuple(context), ([], 0, run))
+            n_run, alike = n_run + len(run), _beginning([alike, run])
+            if not item or self.by_length or len(context) + n_run - len(item) * len(alike) > self.max_length:
+                item, n_run, alike = [], len(run), run
                 items.append(item)
             item.append(index)
+            open_items[tuple(context)] = item, n_run, alike
         return items
 
     def _score(self, items: Sequence[Sequence[Request]]) -> list[tuple[float, bool]]:
@@ -162,6 +169,8 @@ class LitGPT(TemplateLM):
             if room < 1:
                 raise ValueError(f"an answer has more than the {self.max_length} tokens that the model can see")
             context, alike = item[0][1][-room:], _alike(item)  # cut on the left to what the model can see
+            assert context
+            assert all(wanted for _, _, wanted in item)
             begin, n = len(tokens), len(context) + alike
             tokens += context + item[0][2][:alike]
             positions += range(n)
@@ -174,7 +183,7 @@ class LitGPT(TemplateLM):
                 branches += [branch] * more
             lengths.append(len(tokens) - begin)
         ids, at, branch_of = torch.tensor([tokens, positions, branches], device=self.assistant.device)[:, None]
-        layout = Layout(at, max(positions) + 1, lengths, branch_of if any(len(item) > 1 for item in items) else None)
+        layout = Layout(at, max(positions) + 1, lengths, branch_of if any(branches) else None)
         x = self.model.transformer(ids, layout=layout)[0]
         return self._compared(x, asked, [wanted for item in items for _, _, wanted in item])
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lit_gpt import products
+from lit_gpt.kernels import four_bits
 
 BLOCK = 64  # numbers that share a scale
 NESTED_BLOCK = 256  # scales that share a scale, with -dq
@@ -132,9 +133,18 @@ class Linear8bit(QuantizedLinear):
     """Each row is whole numbers from -127 to 127 times a scale."""
 
     def fill(self, weight: torch.Tensor) -> None:
-        scale = weight.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-38) / 127
-        self.load("weight", (weight.float() / scale).round().to(torch.int8))
-        self.load("scale", scale)
+        codes, scales = (
+            torch.empty_like(weight, dtype=torch.int8),
+            weight.new_empty(len(weight), 1, dtype=torch.float32),
+        )
+        # On a CPU some rows at a time, which stay in the cache.
+        at_once = len(weight) if weight.is_cuda else max(1, products.WIDENED // weight.shape[1])
+        for rows, code, scale in zip(*(x.split(at_once) for x in (weight, codes, scales)), strict=True):
+            wide = rows.to(torch.float32, copy=True)
+            scale.copy_(wide.abs().amax(dim=1, keepdim=True).clamp_(min=1e-38) / 127)
+            code.copy_(wide.div_(scale).round_())
+        self.load("weight", codes)
+        self.load("scale", scales)
 
     def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         n, k = self.out_features, self.in_features
@@ -150,9 +160,8 @@ class Linear4bit(QuantizedLinear):
     def __init__(self, in_features: int, out_features: int, kind: str):
         super().__init__(in_features, out_features, kind)
         self.levels, self.block = kind.removeprefix("bnb.").removesuffix("-dq"), BLOCK
-        self.nested_levels = _nested_levels() if kind.endswith("-dq") else ()
+        self.level_values = _levels(self.levels), _nested_levels() if kind.endswith("-dq") else ()
         self.packed: tuple[torch.Tensor, torch.Tensor] | None = None  # for one-token decoding, see `pack`
-        self._tables: dict[int, torch.Tensor] = {}  # levels, where the weight is
 
     def fill(self, weight: torch.Tensor) -> None:
         codes, absmax = quantize_4bit(weight, self.levels)
@@ -180,15 +189,15 @@ class Linear4bit(QuantizedLinear):
         assert stored is not None
         if not self.kind.endswith("-dq"):
             return stored
-        code, nested = self._table(self.nested_levels, stored.device), self.get_buffer("nested_absmax")
-        absmax = torch.ops.bitsandbytes.dequantize_blockwise.default(stored, nested, code, NESTED_BLOCK, torch.float32)
+        nested, operator = self.get_buffer("nested_absmax"), torch.ops.bitsandbytes.dequantize_blockwise.default
+        absmax = operator(stored, nested, self.nested_code, NESTED_BLOCK, torch.float32)
         return absmax + self.get_buffer("offset")
 
-    def _table(self, levels: Sequence[float], device: torch.device) -> torch.Tensor:
-        table = self._tables.get(len(levels))
-        if table is None or table.device != device:
-            table = self._tables[len(levels)] = torch.tensor(levels, device=device)
-        return table
+    def load(self, leaf: str, tensor: torch.Tensor) -> None:
+        """See above. The levels come to where the scales are, once: sending them takes longer than using them."""
+        super().load(leaf, tensor)
+        if leaf == "absmax":
+            self.code, self.nested_code = (torch.tensor(values, device=tensor.device) for values in self.level_values)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         shape = (self.out_features, self.in_features)
@@ -252,9 +261,8 @@ class Linear4bit(QuantizedLinear):
         """By the kernel that reads the codes themselves; it rounds a number's level and scale before they meet."""
         mixed = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if mixed else x.dtype
-        shape, code = [self.out_features, self.in_features], self._table(_levels(self.levels), x.device)
-        operator = torch.ops.bitsandbytes.gemv_4bit.default
-        y = operator(x.to(dtype).contiguous(), codes, shape, absmax, code, self.block)
+        shape, operator = [self.out_features, self.in_features], torch.ops.bitsandbytes.gemv_4bit.default
+        y = operator(x.to(dtype).contiguous(), codes, shape, absmax, self.code, self.block)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -294,8 +302,8 @@ def levels_of(name: str, device: torch.device | str = "cpu") -> torch.Tensor:
 def quantize_4bit(weight: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes (n / 2, 1) uint8 and the block scales (n / 64,) of a weight, bit for bit as bitsandbytes makes them.
 
-    On the CPU theirs takes two minutes for 7 billion numbers. Counting the bounds below each number, a cache-sized
-    piece at a time, takes a fifth of that.
+    On the CPU theirs takes two minutes for 7 billion numbers. Counting the bounds below each number takes seconds in C,
+    and a fifth of that here, a cache-sized piece at a time.
     """
     if weight.is_cuda or weight.numel() % BLOCK:
         import_bitsandbytes()
@@ -304,7 +312,11 @@ def quantize_4bit(weight: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.
         return codes, absmax
     levels = levels_of(name)
     order = torch.argsort(levels)
-    bounds = ((levels[order[:-1]] + levels[order[1:]]) / 2).tolist()
+    between = (levels[order[:-1]] + levels[order[1:]]) / 2
+    if four_bits.fits(weight):
+        codes, absmax = four_bits.quantized(weight, between, order)
+        return codes[:, None], absmax
+    bounds = between.tolist()
     blocks = weight.reshape(-1, BLOCK)
     absmax = torch.empty(len(blocks), dtype=torch.float32)
     codes = torch.empty(weight.numel() // 2, dtype=torch.uint8)

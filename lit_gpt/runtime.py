@@ -7,10 +7,11 @@ import os
 import resource
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -155,8 +156,15 @@ def checkpoint_activations(model: "GPT") -> None:
 
     from torch.utils.checkpoint import checkpoint
 
+    def run(forward: Callable[..., torch.Tensor], *inputs: Any) -> torch.Tensor:
+        # Without a way back it would still look at random states, which fails where a GPU's kernels are recorded.
+        if not torch.is_grad_enabled():
+            return forward(*inputs)
+        y: torch.Tensor = checkpoint(forward, *inputs, use_reentrant=False)
+        return y
+
     for block in model.transformer.h:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = partial(run, block.forward)
 
 
 def autocast(precision: Precision, device: str) -> AbstractContextManager[object]:

@@ -10,6 +10,7 @@ lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
+from lit_gpt import evaluation  # noqa: E402
 from lit_gpt.evaluation import LitGPT, _batches, evaluate, find_tasks  # noqa: E402
 from lit_gpt.inference import Assistant  # noqa: E402
 
@@ -101,6 +102,7 @@ def test_what_answers_begin_with_is_run_once(monkeypatch: pytest.MonkeyPatch) ->
     model = LitGPT(Assistant(STORIES, "32-true"), 3)
     context, beginning = [1, 400], [300, 261, 378]
     requests = [(("", ""), context, beginning + own) for own in ([12], [13, 14, 15], [13, 16])]
+    monkeypatch.setattr(evaluation, "AT_ONCE", 3)
     seen, forward = [], model.model.transformer.forward
     monkeypatch.setattr(model.model.transformer, "forward", lambda *a, **k: seen.append(a[0]) or forward(*a, **k))
     together = model._loglikelihood_tokens(requests, disable_tqdm=True)

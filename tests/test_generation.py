@@ -48,9 +48,17 @@ def test_a_seed_repeats() -> None:
     assert [first(LOGITS).tolist() for _ in range(20)] == [second(LOGITS).tolist() for _ in range(20)]
 
 
+def no_graph() -> None:
+    raise RuntimeError("there is no GPU\nand more is said of it")
+
+
 @pytest.mark.parametrize("family", ["llama-grouped", "mistral", "gemma2", "qwen2-tied-window", "gpt2", "neox"])
-def test_a_step_to_be_recorded_finds_each_tokens_place(family: str, tmp_path: Path) -> None:
+def test_a_step_to_be_recorded_finds_each_tokens_place(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Keys and values lie where they would, and nothing else of the stores is seen; here nothing can be recorded."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", no_graph)
+    monkeypatch.setattr(recorded.Recorded, "works", True)  # put back afterwards
     make_twin(family, tmp_path)
     model = checkpoint.load_model(tmp_path, torch.float32).eval()
     prompts = [[5, 9, 60], [7, 2, 3, 11, 80, 12, 44, 3, 90, 17], [1]]
@@ -65,6 +73,6 @@ def test_a_step_to_be_recorded_finds_each_tokens_place(family: str, tmp_path: Pa
 
         return list(generate_batch(model, prompts, 20, ends=ends, step=step))
 
-    with pytest.warns(UserWarning, match="none can be recorded"):
+    with pytest.warns(UserWarning, match="none can be recorded: there is no GPU$"):
         found = continued(recorded.step)
     assert found == continued(lambda model, tokens, cache: model(tokens, cache=cache)[:, -1])

@@ -12,6 +12,7 @@ from lit_gpt import checkpoint, files, lora, products, quantization
 from lit_gpt.args import EvalArgs, TrainArgs
 from lit_gpt.checkpoint import Adapter
 from lit_gpt.inference import Assistant
+from lit_gpt.kernels import four_bits
 from lit_gpt.lora import LoRASettings
 from lit_gpt.model import Linear
 
@@ -59,6 +60,24 @@ def test_codes_and_scales_are_bitsandbytes_own(shape: tuple, kind: str) -> None:
     if kind.endswith("-dq"):
         assert torch.equal(layer.nested_absmax, state.state2.absmax)
         assert torch.equal(layer.offset, state.offset)
+
+
+@pytest.mark.parametrize("levels", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("processor")
+def test_codes_in_c_are_those_of_the_plain_body(
+    levels: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = (torch.randn(40, 896, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
+    weight[0, :64], weight[1, 5], weight[2, 70] = 0, float("nan"), float("inf")
+    weight[3], weight[4, 7], weight[5, :2] = 1e-41, -float("inf"), torch.tensor([float("nan"), float("inf")])
+    weight[6] *= 1e-37
+    if not four_bits.fits(weight):
+        pytest.skip("no C compiler")
+    found = quantization.quantize_4bit(weight, levels)
+    monkeypatch.setattr(four_bits, "fits", lambda weight: False)
+    for mine, other in zip(found, quantization.quantize_4bit(weight, levels), strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -468,6 +468,23 @@ def test_files_of_flags_are_read_safely(
     assert os.listdir(tmp_path) == [files.HYPERPARAMETERS]
 
 
+@pytest.mark.parametrize(
+    "told", ["DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes. Error", ""]
+)
+def test_a_lack_of_memory_is_one_line(
+    told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def large() -> None:
+        raise RuntimeError(f"[enforce fail at alloc_cpu.cpp:127] err == 0. {told}") if told else MemoryError
+
+    monkeypatch.setattr(sys, "argv", ["large.py"])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(large)
+    assert stop.value.code == 1
+    tried = " (tried to allocate 8 bytes)" if told else ""
+    assert capsys.readouterr().err == f"error: out of memory{tried}; see tutorials/oom.md for what takes less\n"
+
+
 def test_a_traceback_is_kept_for_what_is_our_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(seed: int = 1) -> None:
         """A script with a mistake in it."""

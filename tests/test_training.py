@@ -90,6 +90,17 @@ def test_activation_checkpointing_changes_nothing(fabric, stories: Path, prepare
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+def test_checkpointed_blocks_look_at_no_random_state_without_a_way_back(
+    stories: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which a GPU that records its kernels does not allow."""
+    model = checkpoint.load_model(stories, torch.float32)
+    runtime.checkpoint_activations(model)
+    monkeypatch.setattr(torch, "get_rng_state", None)
+    with torch.no_grad():
+        model(torch.tensor([[1, 2, 3]]))
+
+
 @pytest.mark.parametrize("choice", [True, False, "auto"])
 def test_compile_auto_means_long_runs_on_gpus(choice: bool | str) -> None:
     assert [runtime.wants_compile(choice, *run) for run in (("cuda", 500), ("cuda", 499), ("cpu", 10**6))] == (
