@@ -16,7 +16,7 @@ from torch import nn
 from lit_gpt import products
 from lit_gpt.kernels import four_bits
 
-BLOCK = 64  # numbers that share a scale
+BLOCK = four_bits.BLOCK  # numbers that share a scale
 NESTED_BLOCK = 256  # scales that share a scale, with -dq
 KINDS = ("bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8")
 SYNONYMS = {"bnb.int8-training": "bnb.int8"}
@@ -133,10 +133,8 @@ class Linear8bit(QuantizedLinear):
     """Each row is whole numbers from -127 to 127 times a scale."""
 
     def fill(self, weight: torch.Tensor) -> None:
-        codes, scales = (
-            torch.empty_like(weight, dtype=torch.int8),
-            weight.new_empty(len(weight), 1, dtype=torch.float32),
-        )
+        codes = torch.empty_like(weight, dtype=torch.int8)
+        scales = weight.new_empty(len(weight), 1, dtype=torch.float32)
         # On a CPU some rows at a time, which stay in the cache.
         at_once = len(weight) if weight.is_cuda else max(1, products.WIDENED // weight.shape[1])
         for rows, code, scale in zip(*(x.split(at_once) for x in (weight, codes, scales)), strict=True):

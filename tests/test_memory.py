@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, load_script, run_script
 
-from lit_gpt import memory, runtime
+from lit_gpt import checkpoint, finetuning, memory, runtime
+from lit_gpt.args import TrainArgs
 from lit_gpt.config import Config
 from lit_gpt.lora import LoRASettings
 from lit_gpt.memory import Ledger, Setting
@@ -157,3 +158,17 @@ def test_inference_is_planned_for_a_cpu_too() -> None:
     config = Config(n_layer=2, n_head=4, n_embd=32, block_size=256, vocab_size=100)
     setting = memory.Setting(runtime.PRECISIONS["32-true"], lora=None, rows=(64,), device="cpu")
     assert memory.plan_inference(config, setting, 10).total > 0
+
+
+def no_memory(*_: object, **__: object) -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize("moment", [(checkpoint, "load_model"), (finetuning, "rehearse"), (finetuning, "fit")])
+def test_a_run_that_finds_no_memory_says_what_would_fit(
+    moment: tuple, stories: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the model is loaded, at the rehearsal and later."""
+    monkeypatch.setattr(*moment, no_memory)
+    with pytest.raises(ValueError, match=r"out of memory: .* GB were planned .* would take .*; see tutorials/oom.md"):
+        load_script("finetune/lora").main(prepared, stories, tmp_path / "out", train=TrainArgs(max_steps=1))
