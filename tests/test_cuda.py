@@ -1,7 +1,9 @@
 """The same numbers on a GPU as on the CPU, from 4-bit codes to finished runs; skipped where there is none."""
 
 import json
+import multiprocessing
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -203,6 +205,11 @@ def test_one_token_without_the_weight(kind: str, dtype: torch.dtype, monkeypatch
     assert float((y - true).norm() / true.norm()) < {torch.float32: 1e-5, torch.float16: 2e-3}.get(dtype, 1e-2)
 
 
+def measured_peak(setting: Setting) -> int:
+    peak: int = load_script("benchmarks/gpu").measured_training(SMALL, setting, GPU, 2).peak
+    return peak
+
+
 SMALL = Config(n_layer=6, n_head=16, n_embd=1024, intermediate_size=2816, vocab_size=32000, block_size=2048)
 
 
@@ -220,10 +227,10 @@ SMALL = Config(n_layer=6, n_head=16, n_embd=1024, intermediate_size=2816, vocab_
     ids=lambda setting: f"{setting.precision.name}-{setting.quantize}-{setting.rows}-{setting.lora is None}",
 )
 def test_a_step_takes_what_was_planned(setting: Setting) -> None:
-    benchmark = load_script("benchmarks/gpu")
-    benchmark.forget()  # what other tests left
-    measured = benchmark.measured_training(SMALL, setting, GPU, 2)
-    assert memory.plan_training(SMALL, setting).total == pytest.approx(measured.peak, rel=0.05)
+    # In a process of its own: cuBLAS keeps 0.03 GB for each stream and thread that other tests used.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
+        peak = other.submit(measured_peak, setting).result()
+    assert memory.plan_training(SMALL, setting).total == pytest.approx(peak, rel=0.05)
 
 
 def test_running_out_of_memory_ends_in_advice(stories: Path, prepared: Path, tmp_path: Path) -> None:
