@@ -46,11 +46,17 @@ def permutation(n_rows: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(n_rows, generator=generator).tolist()
 
 
-def step_rows(n_rows: int, args: TrainArgs, seed: int, first: int = 0) -> Iterator[list[int]]:
-    """The rows of each optimizer step from the one with number `first`, in order, epoch after epoch."""
+def step_rows(n_rows: int, args: TrainArgs, seed: int, longest: int, first: int = 0) -> Iterator[list[int]]:
+    """The rows of each optimizer step from the one with number `first`, in order, epoch after epoch.
+
+    The `longest` row is the first of all: in a micro-batch that packing fills, it needs nearly as much memory as any.
+    """
     first_epoch, skipped = divmod(first, steps_per_epoch(n_rows, args))
     for epoch in range(first_epoch, args.epochs):
         order = permutation(n_rows, seed, epoch)
+        if epoch == 0:
+            order.remove(longest)
+            order.insert(0, longest)
         for start in range(skipped * args.global_batch_size, n_rows, args.global_batch_size):
             yield order[start : start + args.global_batch_size]
         skipped = 0
@@ -233,6 +239,7 @@ def fit(
     """
     run = run or Run()
     n_rows, n_steps = len(train_data), total_steps(len(train_data), train)
+    (longest,) = train_data.longest(1)
     taken: list[StepResult] = []  # since anyone looked
     # Where the loss is read at every step anyway, a step that must not be taken is seen in time at no cost.
     guarded = train.on_nan == "skip" or train.log_interval == 1 or fabric.device.type == "cpu"
@@ -247,7 +254,7 @@ def fit(
                 if math.isfinite(loss) and (math.isfinite(norm) or is_scaled(fabric)):
                     run.unlogged[step] = (loss, norm, n_labels)
                     continue
-                rows = next(step_rows(n_rows, train, seed, step - 1))
+                rows = next(step_rows(n_rows, train, seed, longest, step - 1))
                 problem = Diverged(step, loss, norm, rows_without_loss(fabric, model, train_data, rows))
                 if train.on_nan == "stop":
                     raise problem
@@ -294,7 +301,7 @@ def fit(
         if run.step == 0 and eval.initial_validation:
             validate()
             metrics.write(step=0, iteration=0, epoch=0, tokens=0, val_loss=run.val_loss)
-        for rows in step_rows(n_rows, train, seed, run.step):
+        for rows in step_rows(n_rows, train, seed, longest, run.step):
             if run.step >= n_steps:
                 break
             started = time.perf_counter()

@@ -9,9 +9,10 @@ import pytest
 import torch
 from conftest import ROOT, load_script, run_script
 
-from lit_gpt import checkpoint, finetuning, memory, runtime
+from lit_gpt import checkpoint, files, finetuning, memory, runtime
 from lit_gpt.args import TrainArgs
 from lit_gpt.config import Config
+from lit_gpt.data import PreparedSet
 from lit_gpt.lora import LoRASettings
 from lit_gpt.memory import Ledger, Setting
 
@@ -164,11 +165,34 @@ def no_memory(*_: object, **__: object) -> None:
     raise MemoryError
 
 
+def little_memory(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that a run on `stories` fills to more than half."""
+    planned = memory.plan_training(checkpoint.load_config(stories), Setting(FULL, rows=(100,) * 4, device="cpu")).total
+    monkeypatch.setattr(finetuning, "memory_limit_bytes", lambda device: 1.5 * planned)
+
+
 @pytest.mark.parametrize("moment", [(checkpoint, "load_model"), (finetuning, "rehearse"), (finetuning, "fit")])
 def test_a_run_that_finds_no_memory_says_what_would_fit(
     moment: tuple, stories: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the model is loaded, at the rehearsal and later."""
+    """While the model is loaded, at the rehearsal, which there is where memory may be short, and later."""
+    little_memory(stories, monkeypatch)
     monkeypatch.setattr(*moment, no_memory)
     with pytest.raises(ValueError, match=r"out of memory: .* GB were planned .* would take .*; see tutorials/oom.md"):
         load_script("finetune/lora").main(prepared, stories, tmp_path / "out", train=TrainArgs(max_steps=1))
+
+
+def test_a_rehearsal_is_where_memory_may_be_short_and_changes_nothing(
+    stories: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rehearse, rehearsed = finetuning.rehearse, []
+    monkeypatch.setattr(finetuning, "rehearse", lambda *how: (rehearsed.append(how[2].tokens.numel()), rehearse(*how)))
+    adapters = []
+    for out in ("with plenty", "with little"):
+        train = TrainArgs(global_batch_size=4, micro_batch_size=2, max_steps=2)
+        load_script("finetune/lora").main(prepared, stories, tmp_path / out, train=train)
+        adapters.append(checkpoint.Adapter.load(tmp_path / out / files.ADAPTER).state)
+        little_memory(stories, monkeypatch)
+    torch.testing.assert_close(*adapters, rtol=0, atol=0)
+    longest = PreparedSet(prepared / "train.pt", mask_inputs=True, max_length=512).n_longest(2)
+    assert rehearsed == [longest - 2]  # a row's last token is only a label

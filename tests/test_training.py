@@ -177,14 +177,17 @@ def test_the_loss_is_that_of_plain_cross_entropy_on_the_answers(fabric, stories:
     assert mean == pytest.approx(total / count, rel=1e-5)
 
 
-def test_every_row_once_per_epoch_in_an_order_of_the_seed() -> None:
+def test_every_row_once_per_epoch_in_an_order_of_the_seed_after_the_longest() -> None:
     args = TrainArgs(global_batch_size=4, epochs=3)
-    steps = list(step_rows(10, args, seed=1))
+    steps = list(step_rows(10, args, seed=1, longest=7))
+    assert steps[0][0] == 7
+    assert [row for batch in steps[:3] for row in batch][1:] == [row for row in permutation(10, 1, 0) if row != 7]
+    assert [row for batch in steps[3:] for row in batch] == permutation(10, 1, 1) + permutation(10, 1, 2)
     assert len(steps) == total_steps(10, args) == 9
     for epoch in range(3):
         assert sorted(row for batch in steps[3 * epoch : 3 * epoch + 3] for row in batch) == list(range(10))
     for first in range(10):
-        assert list(step_rows(10, args, seed=1, first=first)) == steps[first:]
+        assert list(step_rows(10, args, seed=1, longest=7, first=first)) == steps[first:]
     assert permutation(10, 1, 0) == permutation(10, 1, 0)
     assert permutation(10, 1, 0) != permutation(10, 1, 1)
     assert permutation(10, 1, 0) != permutation(10, 2, 0)
