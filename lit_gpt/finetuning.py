@@ -224,7 +224,7 @@ class Job:
         if cut:
             lines.append(f"{cut} rows were cut to {self.meta['max_seq_length']} tokens when they were prepared")
         if self.compiles(fabric):
-            lines.append("compiling the blocks on first use: half a minute, less when torch has kept its work")
+            lines.append("compiling the blocks on first use: a minute or two, less when torch has kept its work")
         parts = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in self.plan.parts.items() if size >= 5e6)
         lines.append(f"planned memory at the peak: {self.plan.gb:.2f} GB ({parts})")
         if self.plan.total > (limit := memory_limit_bytes(fabric.device)):

@@ -95,7 +95,9 @@ def is_spread(devices: int | str, num_nodes: int) -> bool:
     return num_nodes > 1 or devices not in (1, "1")
 
 
-COMPILED_STEPS = 500  # of a run for which compiling its blocks, half a minute, is worth it
+# Of a run for which compiling its blocks may be worth it: 94 s on an H100's slow host, for a fifth of a 7B model's step
+# in one run, and for nothing in another (benchmarks/LOG.md).
+COMPILED_STEPS = 2000
 
 
 def wants_compile(choice: bool | Literal["auto"], device: str, n_steps: int) -> bool:
