@@ -206,13 +206,9 @@ def draw_dropout(x: torch.Tensor, p: float) -> torch.Tensor:
 def dropped(x: torch.Tensor, drawn: torch.Tensor, p: float, *, inplace: bool = False) -> torch.Tensor:
     """x with zeros where `draw_dropout` says so, each with probability p (on a CPU to within 2 ** -17)."""
     if drawn.ndim == 0 and in_c(x):
-        return rows.dropout(x, drawn, _threshold(p), inplace=inplace)
+        return rows.dropout(x, drawn, p, inplace=inplace)
     mask = drawn if drawn.ndim else dropout_mask_reference(x, drawn, p)
     return x.mul_(mask) if inplace else x * mask
-
-
-def _threshold(p: float) -> int:
-    return min(round(p * 65536) - 32768, 32767)
 
 
 def dropout_mask_reference(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
@@ -226,7 +222,7 @@ def dropout_mask_reference(x: torch.Tensor, seed: torch.Tensor, p: float) -> tor
 
     states = seed + torch.arange(1, -(-x.numel() // 4) + 1, device=x.device) * -0x61C8864680B583EB
     states = mixed(mixed(states, 30) * -0x40A7B892E31B1A47, 27) * -0x6B2FB644ECCEEE15
-    return (mixed(states, 31).view(torch.int16)[: x.numel()] >= _threshold(p)).view(x.shape)
+    return (mixed(states, 31).view(torch.int16)[: x.numel()] >= rows.threshold(p)).view(x.shape)
 
 
 def head_loss(

@@ -15,7 +15,7 @@ import torch
 
 from lit_gpt import kernels, ops
 from lit_gpt import products as products_room
-from lit_gpt.kernels import attention, block, few_tokens, four_bits, products, rows, tiles
+from lit_gpt.kernels import attention, block, few_tokens, four_bits, lora, products, rows, tiles
 
 ROOT = Path(__file__).parents[1]
 STORIES = ROOT / "tests" / "assets" / "stories260K"
@@ -60,7 +60,7 @@ def body(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 PROCESSOR = torch.backends.cpu.get_cpu_capability()
 LIBRARIES = (kernels.compiled, few_tokens._library, block._library, tiles._library)
-FUNCTIONS = (attention._FUNCTIONS, four_bits._FUNCTIONS, products._FUNCTIONS, rows._FUNCTIONS)
+FUNCTIONS = tuple(room._FUNCTIONS for room in (attention, four_bits, lora, products, rows))
 
 
 @pytest.fixture(params=sorted({PROCESSOR, "AVX2"}) if PROCESSOR in kernels.PROCESSORS else [PROCESSOR])
@@ -71,7 +71,8 @@ def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         for library in LIBRARIES:
             library.cache_clear()
         for functions in FUNCTIONS:
-            vars(functions).pop("library", None)
+            for known in ("library", "with_pairs"):
+                vars(functions).pop(known, None)
 
     if request.param != PROCESSOR:
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from twins import make_twin
 
-from lit_gpt import checkpoint, lora
+from lit_gpt import checkpoint, lora, ops
+from lit_gpt.kernels import lora as fused
+from lit_gpt.kernels import rows
 from lit_gpt.lora import LoRASettings
 from lit_gpt.model import GPT
 
@@ -154,3 +156,49 @@ def test_factors_of_another_shape_are_all_named(tmp_path: Path) -> None:
     del state["transformer.h.1.attn.v.lora_B"]
     with pytest.raises(ValueError, match=r"missing.*h\.1\.attn\.v\.lora_B.*unexpected.*h\.9.*\(1, 1\) instead of"):
         lora.load_adapter_state(model, state, "somewhere")
+
+
+# Tokens that leave a rest of every block, ranks that have to be filled up.
+@pytest.mark.usefixtures("processor")
+@pytest.mark.skipif(not rows.available(), reason="no C compiler")
+@pytest.mark.parametrize(
+    "shape", [(1, 64, 96, 8), (2, 32, 32, 1), (37, 96, 64, 4), (131, 576, 192, 12), (150, 64, 1536, 32)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("as_pairs", [True, False])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_the_update_in_c_is_the_definition(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, as_pairs: bool, p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "in_pairs", lambda: as_pairs and torch.cpu._is_avx512_bf16_supported())
+    torch.manual_seed(0)
+    n, n_in, n_out, r = shape
+    layer = lora.LoRALinear(torch.nn.Linear(n_in, n_out, dtype=dtype), LoRASettings(r=r, alpha=3 * r, dropout=p))
+    torch.nn.init.normal_(layer.lora_B, std=0.1)
+    x = torch.randn(1, n, n_in, dtype=dtype, requires_grad=True)
+    ran: list[str] = []
+    for name in ("update", "update_backward"):
+        body = getattr(fused, name)
+        monkeypatch.setattr(fused, name, lambda *a, body=body, name=name, **k: (ran.append(name), body(*a, **k))[1])
+    torch.manual_seed(7)
+    y = layer(x)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    assert ran == ["update", "update_backward"]
+
+    torch.manual_seed(7)
+    kept = ops.dropout_mask_reference(x, ops.draw_dropout(x, p), p).double() if p else torch.ones_like(x).double()
+    a, b = ((t.detach() * scale).to(dtype).double() for t, scale in ((layer.lora_A, 1 / (1 - p)), (layer.lora_B, 3.0)))
+    seen, g = (kept * x.detach().double())[0], grad.double()[0]
+    low, d_low = seen @ a.t(), g @ b
+    exact = {
+        "y": (y, layer.base(x.detach())[0].double() + low @ b.t()),
+        "x": (x.grad, g @ layer.base.weight.double() + kept[0] * (d_low @ a)),
+        "a": (layer.lora_A.grad, d_low.t() @ seen / (1 - p)),
+        "b": (layer.lora_B.grad, g.t() @ low * 3.0),
+    }
+    for name, (got, true) in exact.items():
+        assert got is not None
+        error = float((got.detach().double().view_as(true) - true).norm() / true.norm())
+        assert error < (6e-3 if dtype == torch.bfloat16 else 2e-6), (name, error)
+    assert layer.lora_A.grad.dtype == torch.float32

@@ -236,7 +236,7 @@ def test_dropout_drops_its_share_independently(p: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("p", [0.0, 0.4])
 def test_lora_update_is_the_definition(dtype: torch.dtype, p: float) -> None:
-    layer = LoRALinear(torch.nn.Linear(24, 40, dtype=dtype), LoRASettings(r=4, alpha=6, dropout=p))
+    layer = LoRALinear(torch.nn.Linear(24, 40, dtype=dtype), LoRASettings(r=4, alpha=6, dropout=p))  # too odd for C
     torch.nn.init.normal_(layer.lora_B)
     x = torch.randn(2, 5, 24, dtype=dtype)
     torch.manual_seed(7)

@@ -131,6 +131,11 @@ class Functions:
             function.argtypes, function.restype = [TYPES[kind] for kind in (*kinds, "l")], None
         return library
 
+    @cached_property
+    def with_pairs(self) -> bool:
+        """Whether the library was made for a processor that multiplies pairs of bfloat16."""
+        return self.library is not None and bool(ctypes.c_long.in_dll(self.library, "with_pairs"))
+
     def call(self, name: str, *arguments: torch.Tensor | float | None) -> None:
         """Nothing happens to the planner's tensors, which have no numbers."""
         passed: list[float | None] = []

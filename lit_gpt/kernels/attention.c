@@ -12,33 +12,12 @@
 #include "numbers.h"
 #include "words.h"
 
-#ifdef __AVX512F__
-#define TALL 8 /* rows of a product that are summed at a time, two vectors of each */
-#else
-#define TALL 4
-#endif
 #define QUERIES 32 /* at a time */
 
 static inline __attribute__((always_inline)) void product_of(int pairs, long m, long n, long k, const word *a, long down,
                                                              long along, const word *b, float *c, int more) {
     for (long i = 0; i < m; i += TALL)
-        for (long j = 0; j < n; j += 2 * WIDE) {
-            vector sums[TALL][2];
-#pragma GCC unroll 8
-            for (int r = 0; r < TALL; r++)
-                for (int half = 0; half < 2; half++)
-                    sums[r][half] = more ? *(vector *)(c + (i + r) * n + j + half * WIDE) : (vector){0};
-            for (long p = 0; p < k; p++) {
-                const word *column = a + i * down + p * along, *line = b + p * n + j;
-#pragma GCC unroll 8
-                for (int r = 0; r < TALL; r++)
-                    for (int half = 0; half < 2; half++)
-                        sums[r][half] = multiplied(pairs, column[r * down], line + half * WIDE, sums[r][half]);
-            }
-#pragma GCC unroll 8
-            for (int r = 0; r < TALL; r++)
-                for (int half = 0; half < 2; half++) *(vector *)(c + (i + r) * n + j + half * WIDE) = sums[r][half];
-        }
+        for (long j = 0; j < n; j += 2 * WIDE) tile_of(pairs, k, a + i * down, down, along, b + j, n, c + i * n + j, n, more);
 }
 
 typedef struct { /* of all items alike */

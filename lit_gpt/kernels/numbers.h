@@ -64,3 +64,15 @@ static inline float clamped_exp(float x) { /* within 2 units in the last place f
     p = p * r + 1.0f;
     return p * as_float((uint32_t)((int32_t)k + 127) << 23);
 }
+
+/* 16 bits for each of n numbers from `at` on, both multiples of 4: numbers 4 i to 4 i + 3 get those of the i-th state of
+   splitmix64 (Steele, Lea & Flood 2014, doi:10.1145/2660193.2660195). */
+static inline void random_bits(uint64_t seed, long at, long n, int16_t *bits) {
+    for (long i = 0; i < n / 4; i++) {
+        uint64_t z = seed + (uint64_t)(at / 4 + i + 1) * 0x9e3779b97f4a7c15u;
+        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+        z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+        z ^= z >> 31;
+        memcpy(bits + 4 * i, &z, sizeof z);
+    }
+}

@@ -20,12 +20,6 @@
 #define AT_ONCE 128 /* products of a sum in float32, with more its errors grow; those of pairs are less than their last rounding */
 #define LINE 64 /* bytes that come from memory together */
 
-#ifdef __AVX512BF16__
-const long with_pairs = 1;
-#else
-const long with_pairs = 0; /* without, bfloat16 is not for here */
-#endif
-
 /* COLUMNS lines of `depth` words to (depth, COLUMNS). */
 static void turned(const word *from, long depth, word *to) {
     for (long p = 0; p < depth; p += WIDE)

@@ -5,7 +5,6 @@ the processor is best at, since torch's waits for weights that the last product 
 (benchmarks/LOG.md has both.)
 """
 
-import ctypes
 from functools import cache
 from pathlib import Path
 
@@ -32,9 +31,9 @@ def pays(dtype: torch.dtype) -> bool:
     """Whether these products are there, and are faster than torch's on this processor."""
     if dtype not in (torch.float32, torch.bfloat16) or torch.backends.cpu.get_cpu_capability() not in PROCESSORS:
         return False
-    if not (in_pairs() if dtype == torch.bfloat16 else _by_amd()) or (library := _FUNCTIONS.library) is None:
-        return False
-    return dtype == torch.float32 or bool(ctypes.c_long.in_dll(library, "with_pairs"))
+    if dtype == torch.bfloat16:
+        return in_pairs() and _FUNCTIONS.with_pairs
+    return _by_amd() and _FUNCTIONS.library is not None
 
 
 def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -109,21 +109,13 @@ void rotate(long tokens, long heads, long size, long n, long angles, const void 
     }
 }
 
-/* Numbers 4 i to 4 i + 3 are kept where 16 bits of the i-th state of splitmix64 are at least `threshold`.
-   (Steele, Lea & Flood 2014, doi:10.1145/2660193.2660195.) y may be x. */
+/* A number is kept where its random bits are at least `threshold`. y may be x. */
 void dropout(long count, const void *x, void *y, long bf16, const int64_t *seed, long threshold, long threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (count > SMALL)
     for (long at = 0; at < count; at += PIECE) {
         long n = count - at < PIECE ? count - at : PIECE;
-        uint64_t states[PIECE / 4];
         int16_t bits[PIECE];
-        for (long i = 0; i < PIECE / 4; i++) {
-            uint64_t z = (uint64_t)*seed + (uint64_t)(at / 4 + i + 1) * 0x9e3779b97f4a7c15u;
-            z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-            z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-            states[i] = z ^ (z >> 31);
-        }
-        memcpy(bits, states, sizeof bits);
+        random_bits((uint64_t)*seed, at, PIECE, bits);
         if (bf16) {
             const uint16_t *from = (const uint16_t *)x + at;
             uint16_t *to = (uint16_t *)y + at;

@@ -103,10 +103,15 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float) -
     return y.transpose(1, 2)
 
 
-def dropout(x: torch.Tensor, seed: torch.Tensor, threshold: int, *, inplace: bool = False) -> torch.Tensor:
+def threshold(p: float) -> int:
+    """What 16 random bits of a number are at least if it is kept, as it is not with probability p."""
+    return min(round(p * 65536) - 32768, 32767)
+
+
+def dropout(x: torch.Tensor, seed: torch.Tensor, p: float, *, inplace: bool = False) -> torch.Tensor:
     x = x.contiguous()
     y = x if inplace else empty(x)
-    _call("dropout", x.numel(), x, y, _half(x), seed, threshold)
+    _call("dropout", x.numel(), x, y, _half(x), seed, threshold(p))
     return y
 
 

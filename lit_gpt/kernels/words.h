@@ -8,8 +8,16 @@
 
 #ifdef __AVX512F__
 #define WIDE 16 /* numbers of a vector */
+#define TALL 8 /* lines of a product that are summed at a time, two vectors of each */
 #else
 #define WIDE 8
+#define TALL 4
+#endif
+
+#ifdef __AVX512BF16__
+const long with_pairs = 1;
+#else
+const long with_pairs = 0; /* the compiler does not know them, or was told to do without */
 #endif
 
 typedef float vector __attribute__((vector_size(WIDE * sizeof(float)), aligned(sizeof(float)), may_alias));
@@ -22,6 +30,31 @@ static inline __attribute__((always_inline)) vector multiplied(int pairs, word a
     if (pairs) return (vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)_mm512_loadu_si512(b));
 #endif
     return sum + as_float(a) * *(const vector *)b;
+}
+
+/* The same with as many words of a as of b. */
+static inline __attribute__((always_inline)) vector multiplied_each(int pairs, const word *a, const word *b, vector sum) {
+#ifdef __AVX512BF16__
+    if (pairs) return (vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(a), (__m512bh)_mm512_loadu_si512(b));
+#endif
+    return sum + *(const vector *)a * *(const vector *)b;
+}
+
+/* c (TALL, two vectors) += a b over `depth` words; word (i, p) of a lies at i * down + p * along, lines of b and c are `line` apart. */
+static inline __attribute__((always_inline)) void tile_of(int pairs, long depth, const word *a, long down, long along,
+                                                          const word *b, long b_line, float *c, long c_line, int more) {
+    vector sums[TALL][2];
+#pragma GCC unroll 8
+    for (int r = 0; r < TALL; r++)
+        for (int half = 0; half < 2; half++) sums[r][half] = more ? *(vector *)(c + r * c_line + half * WIDE) : (vector){0};
+    for (long p = 0; p < depth; p++, b += b_line)
+#pragma GCC unroll 8
+        for (int r = 0; r < TALL; r++)
+            for (int half = 0; half < 2; half++)
+                sums[r][half] = multiplied(pairs, a[r * down + p * along], b + half * WIDE, sums[r][half]);
+#pragma GCC unroll 8
+    for (int r = 0; r < TALL; r++)
+        for (int half = 0; half < 2; half++) *(vector *)(c + r * c_line + half * WIDE) = sums[r][half];
 }
 
 /* Two vectors to `at` and what follows, as float32 or, of pairs, rounded. */
