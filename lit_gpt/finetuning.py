@@ -137,7 +137,8 @@ class Job:
         keeper = resume.Keeper(fabric, model, optimizer, self.out_dir, save, self.n_steps, self.train.keep_last)
         started = time.monotonic()
         with self._advising(fabric.device), resume.Signals(spoken=fabric.is_global_zero) as signals:
-            if self.plan.total > memory_limit_bytes(fabric.device) / 2:  # seconds for nothing where there is plenty
+            # Seconds for nothing where there is plenty; several devices have to do the same, and may share memory.
+            if fabric.world_size > 1 or self.plan.total > memory_limit_bytes(fabric.device) / 2:
                 rehearse(fabric, wrapped, self.train_data.batch(self.longest_rows, packing=self.train.packing))
             run, metrics = self._begin(fabric, model, optimizer)
             told = {"settings": self.settings, "environment": resume.environment(fabric), **self._contents()}

@@ -81,7 +81,7 @@ class LoRALinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.base(x)
         p = self.dropout if self.training else 0.0
-        update = _FusedUpdate if ops.in_c(y) and fused.fits(self.lora_A, self.lora_B) else _Update
+        update = _FusedUpdate if ops.in_c(y) and fused.fits(y, self.lora_A, self.lora_B) else _Update
         return update.apply(y, x.to(y.dtype), self.lora_A, self.lora_B, self.scaling, p)
 
     def merged(self) -> nn.Linear:

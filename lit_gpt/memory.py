@@ -34,7 +34,7 @@ PARTS = ("program", "weights", "adapter", "gradients", "optimizer", "cache", "ac
 CPU_REST, CPU_HOLES, CPU_HOLES_OF_PASSING, MOST_CPU_HOLES = 50_000_000, 250_000_000, 0.15, 500_000_000  # a share; bytes
 ROUNDING = 512  # bytes: what CUDA's allocator hands out is a multiple
 # What 13 settings of a 7B model held beyond the count on an H100, 0.05 to 0.14 GB (benchmarks/gpu.py): cuBLAS asks for
-# 32 MiB for each thread that calls it. It will for recorded steps too (recorded.py), which came later.
+# 32 MiB for each thread that calls it. For recorded steps too (recorded.py): 0.04 GB more, in the one setting measured.
 GPU_REST = 70_000_000
 
 

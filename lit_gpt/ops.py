@@ -1,4 +1,4 @@
-"""The kernel seam: every piece of arithmetic that has a faster body, but for attention and products with weights.
+"""The kernel seam: every piece of arithmetic that has a faster body, but for attention, products with weights and LoRA.
 
 A faster body stands beside its plain twin here, with the same signature, and a test runs both.
 """

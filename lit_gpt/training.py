@@ -49,7 +49,7 @@ def permutation(n_rows: int, seed: int, epoch: int) -> list[int]:
 def step_rows(n_rows: int, args: TrainArgs, seed: int, longest: int, first: int = 0) -> Iterator[list[int]]:
     """The rows of each optimizer step from the one with number `first`, in order, epoch after epoch.
 
-    The `longest` row is the first of all: in a micro-batch that packing fills, it needs nearly as much memory as any.
+    The `longest` row is the first of all: its micro-batch takes nearly the most memory, if the step has rows to fill it.
     """
     first_epoch, skipped = divmod(first, steps_per_epoch(n_rows, args))
     for epoch in range(first_epoch, args.epochs):
@@ -239,7 +239,7 @@ def fit(
     """
     run = run or Run()
     n_rows, n_steps = len(train_data), total_steps(len(train_data), train)
-    (longest,) = train_data.longest(1)
+    longest = int(train_data.lengths().argmax())  # of several the first, whatever the machine
     taken: list[StepResult] = []  # since anyone looked
     # Where the loss is read at every step anyway, a step that must not be taken is seen in time at no cost.
     guarded = train.on_nan == "skip" or train.log_interval == 1 or fabric.device.type == "cpu"

@@ -60,7 +60,7 @@ static void used(const Task *t, const float *factor, int is_a, word *to) {
         }
 }
 
-/* The same woven, into `room` (ranks, n) where it is not as it was. */
+/* The same woven, in `room` (ranks, n); without pairs it is the factor itself. */
 static const word *used_woven(const Task *t, const word *factor, long n, word *room) {
 #pragma omp for
     for (long rank = 0; rank < t->ranks; rank += 2) woven(t, factor + rank * n / t->per, 2, n, room + rank / 2 * n);

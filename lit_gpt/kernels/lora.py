@@ -8,16 +8,19 @@ import torch
 from lit_gpt.kernels import Functions, empty, in_pairs
 from lit_gpt.kernels.rows import threshold
 
-HIGHEST = 32  # rank, beyond which torch's products are faster (benchmarks/LOG.md)
+# Ranks, from the next multiple of 8 on torch's products are as fast (benchmarks/LOG.md); those of bfloat16 sooner where
+# it is no pairs that are multiplied here.
+HIGHEST, HIGHEST_WIDENED = 16, 8
 COLUMNS = 32  # of which a layer's sides are multiples
 RANKS = 8  # which are computed together
 _FUNCTIONS = Functions("lora", {"update": "lllllpppffplppplll", "update_backward": "lllllpppppffplpppplll"})
 
 
-def fits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether these factors (r, in) and (out, r) are for here."""
-    whole = a.shape[1] % COLUMNS == 0 and b.shape[0] % COLUMNS == 0
-    return whole and a.shape[0] <= HIGHEST and a.dtype == b.dtype == torch.float32 and _FUNCTIONS.library is not None
+def fits(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether these factors (r, in) and (out, r) are for here, for x of such a dtype."""
+    whole = a.shape[1] % COLUMNS == 0 and b.shape[0] % COLUMNS == 0 and a.dtype == b.dtype == torch.float32
+    highest = HIGHEST if x.dtype == torch.float32 or _as_pairs(x) else HIGHEST_WIDENED
+    return whole and len(a) <= highest and _FUNCTIONS.library is not None
 
 
 def _sizes(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[int, int, int, int, int]:

@@ -40,7 +40,8 @@ static inline __attribute__((always_inline)) vector multiplied_each(int pairs, c
     return sum + *(const vector *)a * *(const vector *)b;
 }
 
-/* c (TALL, two vectors) += a b over `depth` words; word (i, p) of a lies at i * down + p * along, lines of b and c are `line` apart. */
+/* c (TALL, two vectors) = a b, or c + a b where there is `more`, over `depth` words: word (i, p) of a lies at i * down + p * along,
+   lines of b are `b_line`, of c `c_line` apart. */
 static inline __attribute__((always_inline)) void tile_of(int pairs, long depth, const word *a, long down, long along,
                                                           const word *b, long b_line, float *c, long c_line, int more) {
     vector sums[TALL][2];
