@@ -49,7 +49,7 @@ def permutation(n_rows: int, seed: int, epoch: int) -> list[int]:
 def step_rows(n_rows: int, args: TrainArgs, seed: int, longest: int, first: int = 0) -> Iterator[list[int]]:
     """The rows of each optimizer step from the one with number `first`, in order, epoch after epoch.
 
-    The `longest` row is the first of all: its micro-batch takes nearly the most memory, if the step has rows to fill it.
+    The `longest` row is the first of all: where the step has rows to fill its micro-batch, none takes much more memory.
     """
     first_epoch, skipped = divmod(first, steps_per_epoch(n_rows, args))
     for epoch in range(first_epoch, args.epochs):
