@@ -199,6 +199,8 @@ class Linear4bit(QuantizedLinear):
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         shape = (self.out_features, self.in_features)
+        if four_bits.makes(self.weight, dtype):
+            return four_bits.dense(self.weight.detach(), self.code, self.scales(), self.block, shape, dtype)
         # The CPU kernel begins a new block with each row, which is wrong unless rows are whole blocks.
         if self.weight.is_cuda or self.in_features % self.block == 0:
             import_bitsandbytes()

@@ -331,3 +331,20 @@ def test_a_tied_head_is_not_quantized_apart(stories: Path) -> None:
     assert done.returncode == 1
     assert "has no head of its own to quantize" in done.stderr
     assert "use --quantize bnb.nf4\n" in done.stderr
+
+
+@pytest.mark.usefixtures("processor")
+@pytest.mark.parametrize(
+    "shape", [(7, 63), (33, 50), (64, 96), (40, 1536)]
+)  # with and without a last block that is whole
+@pytest.mark.parametrize("kind", ["bnb.nf4", "bnb.fp4-dq"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_in_c_are_levels_times_scales(shape: tuple[int, int], kind: str, dtype: torch.dtype) -> None:
+    layer = quantization.quantize(torch.randn(shape), kind)
+    if not four_bits.makes(layer.weight, dtype):
+        pytest.skip("no C compiler")
+    pairs = layer.weight.flatten()
+    codes = torch.stack((pairs >> 4, pairs & 15), dim=1).flatten()[: shape[0] * shape[1]].long()
+    scales = layer.scales().repeat_interleave(layer.block)[: len(codes)]
+    expected = (quantization.levels_of(layer.levels)[codes] * scales).view(shape).to(dtype)
+    assert torch.equal(layer.dense(dtype), expected)
