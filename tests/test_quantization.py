@@ -333,15 +333,20 @@ def test_a_tied_head_is_not_quantized_apart(stories: Path) -> None:
     assert "use --quantize bnb.nf4\n" in done.stderr
 
 
+# With and without a last block that is whole.
 @pytest.mark.usefixtures("processor")
-@pytest.mark.parametrize(
-    "shape", [(7, 63), (33, 50), (64, 96), (40, 1536)]
-)  # with and without a last block that is whole
+@pytest.mark.parametrize("in_c", [True, False])
+@pytest.mark.parametrize("shape", [(7, 63), (33, 50), (64, 96), (40, 1536)])
 @pytest.mark.parametrize("kind", ["bnb.nf4", "bnb.fp4-dq"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_numbers_in_c_are_levels_times_scales(shape: tuple[int, int], kind: str, dtype: torch.dtype) -> None:
+def test_numbers_are_levels_times_scales(
+    in_c: bool, shape: tuple[int, int], kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In C, and as without a C compiler."""
     layer = quantization.quantize(torch.randn(shape), kind)
-    if not four_bits.makes(layer.weight, dtype):
+    if not in_c:
+        monkeypatch.setattr(four_bits, "makes", lambda codes, dtype: False)
+    elif not four_bits.makes(layer.weight, dtype):
         pytest.skip("no C compiler")
     pairs = layer.weight.flatten()
     codes = torch.stack((pairs >> 4, pairs & 15), dim=1).flatten()[: shape[0] * shape[1]].long()

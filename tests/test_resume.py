@@ -377,8 +377,8 @@ def poisoned(stories: Path, prepared: Path, tmp_path_factory: pytest.TempPathFac
     return folder, sorted(those)
 
 
-def longest(prepared: Path) -> list[int]:
-    return PreparedSet(prepared / "train.pt", mask_inputs=True, max_length=512).longest(1)
+def longest(prepared: Path) -> int:
+    return int(PreparedSet(prepared / "train.pt", mask_inputs=True, max_length=512).lengths().argmax())
 
 
 def test_a_loss_that_is_no_number_stops_with_step_rows_and_last_checkpoint(
@@ -386,7 +386,7 @@ def test_a_loss_that_is_no_number_stops_with_step_rows_and_last_checkpoint(
 ) -> None:
     base, bad = poisoned
     args = TrainArgs(**TRAIN)
-    order = list(step_rows(15, args, 1337, *longest(prepared)))
+    order = list(step_rows(15, args, 1337, longest(prepared)))
     step = next(index for index, batch in enumerate(order) if {*batch} & {*bad}) + 1
     named = ", ".join(str(row) for row in order[step - 1] if row in bad)
     left = f"The last good checkpoint is .*{files.state_name(step - 1)}.*--resume true --train.on_nan skip"
@@ -404,7 +404,7 @@ def test_or_the_step_is_skipped(
     base, bad = poisoned
     how = {"on_nan": "skip", "global_batch_size": 2, "eval": EvalArgs(max_new_tokens=0)}
     assert train("lora", tmp_path, base, prepared, **how) == 0
-    order = list(step_rows(15, TrainArgs(global_batch_size=2, epochs=3), 1337, *longest(prepared)))
+    order = list(step_rows(15, TrainArgs(global_batch_size=2, epochs=3), 1337, longest(prepared)))
     expected = [step for step, batch in enumerate(order, start=1) if {*batch} & {*bad}]
     assert [int(row["step"]) for row in rows(tmp_path) if not row["loss"]] == expected
     assert all(weight.isfinite().all() for weight in weights(tmp_path).values())
