@@ -80,9 +80,10 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.base(x)
-        p = self.dropout if self.training else 0.0
-        update = _FusedUpdate if ops.in_c(y) and fused.fits(y, self.lora_A, self.lora_B) else _Update
-        return update.apply(y, x.to(y.dtype), self.lora_A, self.lora_B, self.scaling, p)
+        x, a, b, how = x.to(y.dtype), self.lora_A, self.lora_B, (self.scaling, self.dropout if self.training else 0.0)
+        if ops.in_c(y) and fused.fits(y, a, b):
+            return _FusedUpdate.apply(y, x, a, b, *how, getattr(x, "normed", None))
+        return _Update.apply(y, x, a, b, *how)
 
     def merged(self) -> nn.Linear:
         """The plain layer with the update in its weight, in the base's precision. ValueError for a quantized base."""
@@ -135,26 +136,23 @@ class _Update(torch.autograd.Function):
 
 
 class _FusedUpdate(torch.autograd.Function):
-    """As `_Update`, in one pass over memory each way."""
+    """As `_Update`, in one pass over memory each way; an x that was `normed` is made again where it is needed."""
 
     @staticmethod
-    def forward(ctx, y, x, a, b, scaling, p):
+    def forward(ctx, y, x, a, b, scaling, p, normed):
         drawn = ops.draw_dropout(x, p) if p else None
         low = fused.update(y, x, a, b, drawn, scaling, p)
         ctx.mark_dirty(y)
-        ctx.save_for_backward(x, a, b, drawn, low)
+        ctx.save_for_backward(*(normed or (x, None, None)), a, b, drawn, low)
         ctx.how = scaling, p
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return (
-            grad,
-            *fused.update_backward(grad, *ctx.saved_tensors, *ctx.how, wants_x=ctx.needs_input_grad[1]),
-            None,
-            None,
-        )
+        wants_x = ctx.needs_input_grad[1]
+        gradients = fused.update_backward(grad, *ctx.saved_tensors, *ctx.how, wants_x=wants_x)
+        return grad, *gradients, None, None, None
 
 
 def merged_weight(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:

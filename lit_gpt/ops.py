@@ -5,6 +5,7 @@ A faster body stands beside its plain twin here, with the same signature, and a 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,15 +49,25 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tor
     return (F.rms_norm(x.float(), x.shape[-1:], eps=eps) * weight.float()).to(x.dtype)
 
 
+class Normed(NamedTuple):
+    """What a result of `rms_norm` was made of. The norm keeps it for the way back: who does too need not keep that."""
+
+    x: torch.Tensor  # (..., n)
+    weight: torch.Tensor  # (n,)
+    scale: torch.Tensor  # (..., 1), 1 / rms(x), float32
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """As `rms_norm_reference`, keeping only x for the way back.
+    """As `rms_norm_reference`, keeping only x for the way back; the result's `normed` is its `Normed`.
 
     Under autocast a float32 x comes out rounded, as the linear layer that reads it would round it.
     """
     dtype = autocast_dtype(x) if x.dtype == torch.float32 else x.dtype
     if not torch.is_grad_enabled():
         return _normed(x, weight, eps, dtype)[0]
-    y: torch.Tensor = _RMSNorm.apply(x, weight, eps, dtype)
+    y, scale = _RMSNorm.apply(x, weight, eps, dtype)
+    if not torch.compiler.is_compiling():
+        y.normed = Normed(x, weight, scale)
     return y
 
 
@@ -75,10 +86,12 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x, weight, eps, dtype):
         y, scale = _normed(x, weight, eps, dtype)
         ctx.save_for_backward(x, weight, scale)
-        return y
+        ctx.mark_non_differentiable(scale)
+        ctx.set_materialize_grads(False)  # no zeros for the scale's
+        return y, scale
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         x, weight, scale = ctx.saved_tensors
         d_weight = None
         if ctx.needs_input_grad[1]:
@@ -286,6 +299,7 @@ class _HeadLoss(torch.autograd.Function):
                     parts[0] = parts[0][start : start + chunk]
                 for part, grad in zip(parts, torch.autograd.grad(logits, leaves, d_logits), strict=True):
                     part += grad
+            del logits, d_logits  # before the next piece needs as much
         ctx.save_for_backward(*sums)
         return total
 

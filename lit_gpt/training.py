@@ -75,20 +75,30 @@ def micro_batches(data: PreparedSet, rows: Sequence[int], args: TrainArgs) -> It
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Places of rows in groups of at most `capacity` tokens, in few groups: best fit, the longest rows first.
 
-    (Johnson et al. 1974, doi:10.1137/0203025: at most 11/9 of the fewest possible, and a constant.)
+    (Johnson et al. 1974, doi:10.1137/0203025: at most 11/9 of the fewest possible, and a constant.) Then the rows are
+    dealt to so many groups anew, each to the emptiest, if that fits too: a step takes the memory of its largest group.
     A row that is longer than the capacity has a group of its own.
     """
-    groups: list[tuple[int, list[int]]] = []  # room left, places
-    for place in sorted(range(len(lengths)), key=lambda place: (-lengths[place], place)):
-        length = lengths[place]
-        fitting = [index for index, (room, _) in enumerate(groups) if room >= length]
-        if fitting:
-            best = min(fitting, key=lambda index: groups[index][0])
-            room, places = groups[best]
-            groups[best] = (room - length, [*places, place])
-        else:
-            groups.append((capacity - length, [place]))
-    return [sorted(places) for _, places in groups]
+    longest_first = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
+    full: list[list[int]] = []
+    filled: list[int] = []  # tokens of each group
+    for place in longest_first:
+        fitting = [index for index, tokens in enumerate(filled) if tokens + lengths[place] <= capacity]
+        if not fitting:
+            fitting = [len(full)]
+            full.append([])
+            filled.append(0)
+        best = max(fitting, key=filled.__getitem__)
+        full[best].append(place)
+        filled[best] += lengths[place]
+    even: list[list[int]] = [[] for _ in full]
+    evenly = [0] * len(full)
+    for place in longest_first:
+        emptiest = evenly.index(min(evenly))
+        even[emptiest].append(place)
+        evenly[emptiest] += lengths[place]
+    fits = all(tokens <= capacity or len(group) == 1 for tokens, group in zip(evenly, even, strict=True))
+    return [sorted(group) for group in (even if fits else full)]
 
 
 @dataclass(frozen=True)

@@ -222,6 +222,30 @@ def test_the_update_in_c_takes_what_layers_give_it() -> None:
     assert layer.lora_A.grad is not None
 
 
+@pytest.mark.usefixtures("processor")
+@pytest.mark.skipif(not rows.available(), reason="no C compiler")
+@pytest.mark.parametrize("kinds", ["float32 float32", "bfloat16 bfloat16", "float32 bfloat16"])
+def test_a_norms_result_is_made_again_rather_than_kept(kinds: str) -> None:
+    """With the same bits, also where the residual stream is wider than what the layers compute in."""
+    torch.manual_seed(0)
+    stream, dtype = (getattr(torch, kind) for kind in kinds.split())
+    layer = lora.LoRALinear(torch.nn.Linear(96, 64, dtype=dtype), LoRASettings(r=8, dropout=0.3))
+    torch.nn.init.normal_(layer.lora_B)
+    x, weight = torch.randn(37, 96, dtype=stream, requires_grad=True), torch.rand(96).to(dtype)
+    leaves, gradients = (x, layer.lora_A, layer.lora_B), []
+    for keeps in (True, False):
+        torch.manual_seed(7)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            seen = ops.rms_norm(x, weight, 1e-5)
+            y = layer(seen.view_as(seen) if keeps else seen)  # a view does not tell what it was made of
+        storage = seen.untyped_storage().data_ptr()
+        saved = [t.untyped_storage().data_ptr() for t in y.grad_fn.saved_tensors if t is not None]
+        assert (storage in saved) == keeps
+        gradients.append(torch.autograd.grad(y, leaves, torch.ones_like(y)))
+    for kept, again in zip(*gradients, strict=True):
+        assert torch.equal(kept, again)
+
+
 def test_higher_ranks_are_left_to_torch() -> None:
     x = torch.randn(4, 64)
     assert not fused.fits(x, torch.zeros(fused.HIGHEST + 1, 64), torch.zeros(64, fused.HIGHEST + 1))

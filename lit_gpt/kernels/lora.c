@@ -20,6 +20,8 @@ typedef struct {
     const int64_t *seed;
     long threshold, bf16, pairs;
     long per; /* numbers of a word */
+    long x_bf16;
+    const float *weight, *scale; /* of each number and of each token, by which x is normed first; or none */
 } Task;
 
 /* Numbers to words, those of a pair being neighbours; rounded to x's kind. */
@@ -75,9 +77,16 @@ static void words_of(const Task *t, const void *from, long at, long n, word *to)
         load((float *)to, from, t->bf16, at, n);
 }
 
-/* Of x n numbers from `at` on (multiples of 4), 0 where they are dropped. */
-static inline void seen(const Task *t, const void *x, long at, long n, word *to, int16_t *bits) {
-    words_of(t, x, at, n, to);
+/* Of x's line n numbers from `column` on (multiples of 4), 0 where they are dropped. */
+static inline void seen(const Task *t, const void *x, long line, long column, long n, word *to, int16_t *bits) {
+    long at = line * t->in + column;
+    if (t->scale) { /* rounded as rms_norm in rows.c does */
+        float normed[n];
+        load(normed, x, t->x_bf16, at, n);
+        for (long i = 0; i < n; i++) normed[i] *= t->scale[line] * t->weight[column + i];
+        packed(t, normed, n, to);
+    } else
+        words_of(t, x, at, n, to);
     if (t->threshold <= INT16_MIN) return;
     random_bits((uint64_t)*t->seed, at, n, bits);
     if (t->pairs)
@@ -140,7 +149,7 @@ static void outer(const Task *t, long tokens, const word *low, const word *x, fl
 void update(long n, long in, long out, long r, long ranks, const void *x, const float *a, const float *b, float kept, float scaling,
             const int64_t *seed, long threshold, void *y, word *low, word *room, long each, long bf16, long pairs,
             long threads) {
-    Task t = {in, out, r, ranks, kept, scaling, seed, threshold, bf16, pairs, 1 + pairs};
+    Task t = {in, out, r, ranks, kept, scaling, seed, threshold, bf16, pairs, 1 + pairs, bf16, 0, 0};
     word *used_a = room, *natural_b = used_a + ranks * in, *woven_b = natural_b + ranks * out, *own = woven_b + ranks * out;
 #pragma omp parallel num_threads(threads)
     {
@@ -154,7 +163,7 @@ void update(long n, long in, long out, long r, long ranks, const void *x, const 
             long tokens = first + BLOCK < end ? BLOCK : end - first;
             for (long i = 0; i < tokens; i += 2) {
                 for (long half = 0; half < 2; half++)
-                    seen(&t, x, (first + i + (i + 1 < tokens) * half) * in, in, lines + half * in / t.per,
+                    seen(&t, x, first + i + (i + 1 < tokens) * half, 0, in, lines + half * in / t.per,
                          (int16_t *)(lines + 2 * in));
                 down(&t, in, lines, used_a, lows + i * ranks / t.per);
             }
@@ -168,11 +177,12 @@ void update(long n, long in, long out, long r, long ranks, const void *x, const 
     }
 }
 
-/* The gradients of x, if it is not null, a and b from y's. */
-void update_backward(long n, long in, long out, long r, long ranks, const void *grad, const void *x, const float *a, const float *b,
-                     const word *low, float kept, float scaling, const int64_t *seed, long threshold, void *dx, float *da,
-                     float *db, word *room, long each, long bf16, long pairs, long threads) {
-    Task t = {in, out, r, ranks, kept, scaling, seed, threshold, bf16, pairs, 1 + pairs};
+/* The gradients of the layer's input, if `dx` is not null, a and b from y's; the input is x, or what that is normed to. */
+void update_backward(long n, long in, long out, long r, long ranks, const void *grad, const void *x, long x_bf16,
+                     const float *weight, const float *scale, const float *a, const float *b, const word *low, float kept,
+                     float scaling, const int64_t *seed, long threshold, void *dx, float *da, float *db, word *room, long each,
+                     long bf16, long pairs, long threads) {
+    Task t = {in, out, r, ranks, kept, scaling, seed, threshold, bf16, pairs, 1 + pairs, x_bf16, weight, scale};
     word *used_b = room, *natural_a = used_b + ranks * out, *woven_a = natural_a + ranks * in, *own = woven_a + ranks * in;
     long many = 1;
 #pragma omp parallel num_threads(threads)
@@ -203,7 +213,7 @@ void update_backward(long n, long in, long out, long r, long ranks, const void *
             own_low = woven(&t, lows, tokens, ranks, across);
             for (long j = 0; j < in; j += COLUMNS) {
                 for (long i = 0; i < tokens; i++)
-                    seen(&t, x, (first + i) * in + j, COLUMNS, part + i * COLUMNS / t.per, bits + i * COLUMNS);
+                    seen(&t, x, first + i, j, COLUMNS, part + i * COLUMNS / t.per, bits + i * COLUMNS);
                 outer(&t, tokens, own_low, woven(&t, part, tokens, COLUMNS, turned), sums_a + j, in);
                 if (!dx) continue;
                 memset(block, 0, sizeof block);

@@ -6,14 +6,14 @@ For float32 and bfloat16 on a CPU, where it `fits`. What they compute is said by
 import torch
 
 from lit_gpt.kernels import Functions, empty, in_pairs
-from lit_gpt.kernels.rows import threshold
+from lit_gpt.kernels.rows import DTYPES, threshold
 
 # Ranks, from the next multiple of 8 on torch's products are as fast (benchmarks/LOG.md); those of bfloat16 sooner where
 # it is no pairs that are multiplied here.
 HIGHEST, HIGHEST_WIDENED = 16, 8
 COLUMNS = 32  # of which a layer's sides are multiples
 RANKS = 8  # which are computed together
-_FUNCTIONS = Functions("lora", {"update": "lllllpppffplppplll", "update_backward": "lllllpppppffplpppplll"})
+_FUNCTIONS = Functions("lora", {"update": "lllllpppffplppplll", "update_backward": "lllllpplpppppffplpppplll"})
 
 
 def fits(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -62,6 +62,8 @@ def update(
 def update_backward(
     grad: torch.Tensor,
     x: torch.Tensor,
+    weight: torch.Tensor | None,
+    scale: torch.Tensor | None,
     a: torch.Tensor,
     b: torch.Tensor,
     drawn: torch.Tensor | None,
@@ -71,17 +73,27 @@ def update_backward(
     *,
     wants_x: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """The gradients of x, a and b from y's; `drawn` as in `update`, whose result is `low`."""
+    """The gradients of x, a and b from y's; `drawn` as in `update`, whose result is `low`.
+
+    With a `weight` and a `scale` x is what they norm to the layer's input, see `ops.Normed`.
+    """
     grad, x, a, b = grad.contiguous(), x.contiguous(), a.contiguous(), b.contiguous()
     n, n_in, n_out, _, ranks = sizes = _sizes(x, a, b)
     assert grad.shape == (*x.shape[:-1], n_out)
-    assert grad.dtype == x.dtype
     assert low.shape == (n, ranks)
-    d_x, d_a, d_b = empty(x) if wants_x else None, torch.empty_like(a), torch.empty_like(b)
+    if weight is None or scale is None:
+        assert grad.dtype == x.dtype
+    else:
+        assert x.dtype in DTYPES
+        assert (weight.numel(), scale.numel(), scale.dtype) == (n_in, n, torch.float32)
+        weight, scale = weight.float().contiguous(), scale.contiguous()
+    d_x = empty(x, dtype=grad.dtype) if wants_x else None
+    d_a, d_b = torch.empty_like(a), torch.empty_like(b)
     each = ranks * (n_in + n_out) + 2 * n_out
     room = empty(x, (ranks * (2 * n_in + n_out) + torch.get_num_threads() * each,), torch.float32)
     _FUNCTIONS.call(
-        *("update_backward", *sizes, grad, x, a, b, low, 1 - p, scaling, drawn, threshold(p), d_x, d_a, d_b),
-        *(room, each, x.dtype == torch.bfloat16, _as_pairs(x)),
+        *("update_backward", *sizes, grad, x, x.dtype == torch.bfloat16, weight, scale, a, b, low),
+        *(1 - p, scaling, drawn, threshold(p), d_x, d_a, d_b),
+        *(room, each, grad.dtype == torch.bfloat16, _as_pairs(grad)),
     )
     return d_x, d_a, d_b
