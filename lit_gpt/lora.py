@@ -80,7 +80,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.base(x)
-        x, a, b, how = x.to(y.dtype), self.lora_A, self.lora_B, (self.scaling, self.dropout if self.training else 0.0)
+        x, a, b = x.to(y.dtype), self.lora_A, self.lora_B
+        how = self.scaling, self.dropout if self.training else 0.0
         if ops.in_c(y) and fused.fits(y, a, b):
             return _FusedUpdate.apply(y, x, a, b, *how, getattr(x, "normed", None))
         return _Update.apply(y, x, a, b, *how)

@@ -50,7 +50,7 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tor
 
 
 class Normed(NamedTuple):
-    """What a result of `rms_norm` was made of. The norm keeps it for the way back: who does too need not keep that."""
+    """What a result of `rms_norm` was made of: since the norm keeps it, layers that read the result can keep it too."""
 
     x: torch.Tensor  # (..., n)
     weight: torch.Tensor  # (n,)
@@ -66,7 +66,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     if not torch.is_grad_enabled():
         return _normed(x, weight, eps, dtype)[0]
     y, scale = _RMSNorm.apply(x, weight, eps, dtype)
-    if not torch.compiler.is_compiling():
+    if in_c(x) and y.requires_grad:  # otherwise nobody keeps it
         y.normed = Normed(x, weight, scale)
     return y
 
@@ -87,7 +87,6 @@ class _RMSNorm(torch.autograd.Function):
         y, scale = _normed(x, weight, eps, dtype)
         ctx.save_for_backward(x, weight, scale)
         ctx.mark_non_differentiable(scale)
-        ctx.set_materialize_grads(False)  # no zeros for the scale's
         return y, scale
 
     @staticmethod
@@ -299,6 +298,7 @@ class _HeadLoss(torch.autograd.Function):
                     parts[0] = parts[0][start : start + chunk]
                 for part, grad in zip(parts, torch.autograd.grad(logits, leaves, d_logits), strict=True):
                     part += grad
+                del grad
             del logits, d_logits  # before the next piece needs as much
         ctx.save_for_backward(*sums)
         return total

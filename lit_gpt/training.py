@@ -49,7 +49,7 @@ def permutation(n_rows: int, seed: int, epoch: int) -> list[int]:
 def step_rows(n_rows: int, args: TrainArgs, seed: int, longest: int, first: int = 0) -> Iterator[list[int]]:
     """The rows of each optimizer step from the one with number `first`, in order, epoch after epoch.
 
-    The `longest` row is the first of all: where the step has rows to fill its micro-batch, none takes much more memory.
+    The `longest` row is the first of all, so that what is too long for the memory fails at once.
     """
     first_epoch, skipped = divmod(first, steps_per_epoch(n_rows, args))
     for epoch in range(first_epoch, args.epochs):
@@ -63,7 +63,7 @@ def step_rows(n_rows: int, args: TrainArgs, seed: int, longest: int, first: int 
 
 
 def micro_batches(data: PreparedSet, rows: Sequence[int], args: TrainArgs) -> Iterator[Batch]:
-    """The rows, `micro_batch_size` at a time; with packing, as many at a time as the longest so many would fill."""
+    """The rows, `micro_batch_size` at a time; with packing, of as many tokens at most as the longest so many."""
     if args.packing:
         groups = pack([int(n) for n in data.lengths(rows)], data.n_longest(args.micro_batch_size))
     else:
@@ -76,7 +76,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Places of rows in groups of at most `capacity` tokens, in few groups: best fit, the longest rows first.
 
     (Johnson et al. 1974, doi:10.1137/0203025: at most 11/9 of the fewest possible, and a constant.) Then the rows are
-    dealt to so many groups anew, each to the emptiest, if that fits too: a step takes the memory of its largest group.
+    dealt to so many groups anew, each to the emptiest, if that makes the largest smaller, whose memory a step takes.
     A row that is longer than the capacity has a group of its own.
     """
     longest_first = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
@@ -94,11 +94,12 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     even: list[list[int]] = [[] for _ in full]
     evenly = [0] * len(full)
     for place in longest_first:
-        emptiest = evenly.index(min(evenly))
+        emptiest = min(range(len(even)), key=evenly.__getitem__)
         even[emptiest].append(place)
         evenly[emptiest] += lengths[place]
     fits = all(tokens <= capacity or len(group) == 1 for tokens, group in zip(evenly, even, strict=True))
-    return [sorted(group) for group in (even if fits else full)]
+    better = fits and max(evenly, default=0) < max(filled, default=0)
+    return [sorted(group) for group in (even if better else full)]
 
 
 @dataclass(frozen=True)

@@ -225,23 +225,27 @@ def test_the_update_in_c_takes_what_layers_give_it() -> None:
 @pytest.mark.usefixtures("processor")
 @pytest.mark.skipif(not rows.available(), reason="no C compiler")
 @pytest.mark.parametrize("kinds", ["float32 float32", "bfloat16 bfloat16", "float32 bfloat16"])
-def test_a_norms_result_is_made_again_rather_than_kept(kinds: str) -> None:
+@pytest.mark.parametrize("as_pairs", [True, False])
+def test_a_norms_result_is_made_again_rather_than_kept(
+    kinds: str, as_pairs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the same bits, also where the residual stream is wider than what the layers compute in."""
+    monkeypatch.setattr(fused, "in_pairs", lambda: as_pairs and torch.cpu._is_avx512_bf16_supported())
     torch.manual_seed(0)
     stream, dtype = (getattr(torch, kind) for kind in kinds.split())
     layer = lora.LoRALinear(torch.nn.Linear(96, 64, dtype=dtype), LoRASettings(r=8, dropout=0.3))
     torch.nn.init.normal_(layer.lora_B)
-    x, weight = torch.randn(37, 96, dtype=stream, requires_grad=True), torch.rand(96).to(dtype)
-    leaves, gradients = (x, layer.lora_A, layer.lora_B), []
+    x, weight = torch.randn(37, 96, dtype=stream, requires_grad=True), torch.rand(96).to(stream)
+    leaves, grad, gradients = (x, layer.lora_A, layer.lora_B), torch.randn(37, 64, dtype=dtype), []
     for keeps in (True, False):
         torch.manual_seed(7)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             seen = ops.rms_norm(x, weight, 1e-5)
             y = layer(seen.view_as(seen) if keeps else seen)  # a view does not tell what it was made of
-        storage = seen.untyped_storage().data_ptr()
         saved = [t.untyped_storage().data_ptr() for t in y.grad_fn.saved_tensors if t is not None]
-        assert (storage in saved) == keeps
-        gradients.append(torch.autograd.grad(y, leaves, torch.ones_like(y)))
+        assert (seen.untyped_storage().data_ptr() in saved) == keeps
+        assert (x.untyped_storage().data_ptr() in saved) != keeps
+        gradients.append(torch.autograd.grad(y, leaves, grad))
     for kept, again in zip(*gradients, strict=True):
         assert torch.equal(kept, again)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, load_script, run_script
 
-from lit_gpt import checkpoint, files, finetuning, memory, runtime
+from lit_gpt import checkpoint, files, finetuning, memory, ops, runtime
 from lit_gpt.args import TrainArgs
 from lit_gpt.config import Config
 from lit_gpt.data import PreparedSet
@@ -97,6 +97,21 @@ def test_a_real_step_on_this_machine_holds_what_was_planned() -> None:
         model(tokens, labels=tokens, where=torch.arange(178), lengths=(99, 79)).backward()
     real = sum(size for part, size in ledger.peak.items() if part != "model")
     assert planned["activations"] + planned.get("logits", 0) == pytest.approx(real, rel=0.02)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_one_piece_of_logits_is_there_at_a_time(trained: bool) -> None:
+    """And one gradient of the head's weight, where that trains."""
+    peaks = []
+    for n in (32, 128):
+        head, x = torch.nn.Linear(64, 512, bias=False), torch.randn(1, n, 64, requires_grad=True)
+        parameters, labels = list(head.parameters()) if trained else [], torch.zeros(1, n, dtype=torch.long)
+        with Ledger(512) as ledger:
+            ledger.part, ledger.weight_shapes = "activations", {(512, 64)}
+            ops.head_loss(head, parameters, x, labels, torch.arange(n), chunk=32)
+        peaks.append((ledger.peak["logits"], ledger.peak["workspace"]))
+    assert peaks[0] == peaks[1]
+    assert peaks[0][0] > 0
 
 
 def test_remedies_lower_the_peak_each_on_top_of_the_last() -> None:

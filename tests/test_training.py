@@ -72,14 +72,17 @@ def test_packing_takes_each_row_once_and_leaves_no_two_groups_that_would_fit_one
 
 
 @pytest.mark.parametrize(
-    ("lengths", "groups"),
+    ("lengths", "capacity", "groups"),
     [
-        ([9, 9, 1, 1], [[0, 2], [1, 3]]),  # best fit alone leaves a group of nearly nothing
-        ([3, 3, 2, 2, 2], [[0, 1], [2, 3, 4]]),  # evenly, one group would be of 7
+        ([9, 9, 1, 1], 19, [[0, 2], [1, 3]]),  # best fit alone leaves a group of nearly nothing
+        ([3, 3, 2, 2, 2], 6, [[0, 1], [2, 3, 4]]),  # dealt anew, one group would have 7 and the other 5
+        ([3, 3, 2, 2, 2], 7, [[0, 1], [2, 3, 4]]),
     ],
 )
-def test_groups_are_filled_evenly_where_as_many_hold_the_rows(lengths: list[int], groups: list[list[int]]) -> None:
-    assert sorted(pack(lengths, {9: 19, 3: 6}[lengths[0]])) == groups
+def test_groups_are_filled_evenly_where_that_makes_the_largest_smaller(
+    lengths: list[int], capacity: int, groups: list[list[int]]
+) -> None:
+    assert sorted(pack(lengths, capacity)) == groups
 
 
 def test_activation_checkpointing_changes_nothing(fabric, stories: Path, prepared: Path) -> None:

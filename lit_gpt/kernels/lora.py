@@ -81,6 +81,7 @@ def update_backward(
     n, n_in, n_out, _, ranks = sizes = _sizes(x, a, b)
     assert grad.shape == (*x.shape[:-1], n_out)
     assert low.shape == (n, ranks)
+    assert low.dtype == (torch.bfloat16 if _as_pairs(grad) else torch.float32)
     if weight is None or scale is None:
         assert grad.dtype == x.dtype
     else:
