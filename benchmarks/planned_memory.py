@@ -1,7 +1,7 @@
 """What each remedy against running out of memory saves, and the planner beside it: short runs on this machine's CPU.
 
 Usage: python benchmarks/planned_memory.py DATA.json   (after `make quickstart` has fetched the model; six minutes)
-DATA.json holds rows with instruction, input and output, such as Alpaca's; they are cut to 512 tokens.
+DATA.json holds rows with instruction, input and output, such as Alpaca's; the longest are taken, cut to 512 tokens.
 """
 
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lit_gpt.report import table
 
+N_ROWS = 24
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "checkpoints" / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
 BASES = {"lora": "--precision bf16-mixed", "full": "--precision bf16-mixed --train.micro_batch_size 1"}
@@ -38,9 +39,11 @@ def script(name: str, flags: str) -> None:
 def main() -> None:
     rows = [("finetune/", "besides --precision bf16-mixed", "planned GB", "measured GB", "ratio")]
     with tempfile.TemporaryDirectory() as folder:
-        data = f"--json_path {sys.argv[1]} --max_seq_length 512"
+        # Rows of one length fill every micro-batch.
+        longest = sorted(json.loads(Path(sys.argv[1]).read_text()), key=lambda row: -sum(map(len, row.values())))
+        Path(folder, "rows.json").write_text(json.dumps(longest[:N_ROWS]))
+        data = f"--json_path {folder}/rows.json --max_seq_length 512"
         script("scripts/prepare_json.py", f"{data} --destination_path {folder}/data --checkpoint_dir {MODEL}")
-        # The first micro-batch holds the longest row, and as many others as fit.
         run = f"--checkpoint_dir {MODEL} --data_dir {folder}/data --train.global_batch_size 16 --train.max_steps 2"
         for number, (name, remedy) in enumerate(REMEDIES):
             out = f"{folder}/{number}"

@@ -158,15 +158,22 @@ def _counted(config: Config, setting: Setting) -> Iterator[tuple[GPT, Ledger]]:
 SHALLOW, DEEPER = 2, 3  # layers
 
 
-def _by_depth(count: Callable[[Config, Setting], Counter[str]], config: Config, setting: Setting) -> Plan:
-    """The plan of two shallow models, drawn out to the whole depth: what a layer adds is the same for each."""
+def _by_depth(count: Callable[[Config, Setting], list[Counter[str]]], config: Config, setting: Setting) -> Plan:
+    """The plan of two shallow models, drawn out to the whole depth: what a layer adds is the same for each.
+
+    `count` gives the peak of each phase. A deep model's may be in another phase than a shallow one's.
+    """
     per_layer = (config.sliding_layers, config.rope_layers, config.moe_layers)
     if config.n_layer <= DEEPER or any(layers is not None and len(set(layers)) > 1 for layers in per_layer):
-        found = dict(count(config, setting))
+        phases = count(config, setting)
     else:
         small, large = (count(replace(config, n_layer=n), setting) for n in (SHALLOW, DEEPER))
         more = config.n_layer - DEEPER
-        found = {part: size + more * (size - small[part]) for part, size in large.items()}
+        phases = [
+            Counter({part: size + more * (size - less[part]) for part, size in much.items()})
+            for less, much in zip(small, large, strict=True)
+        ]
+    found = max(phases, key=Counter.total)
     if setting.device == "cpu":
         passing = sum(found.get(part, 0) for part in ("activations", "logits", "workspace"))
         found["program"] = runtime.resident_bytes() + min(3 * passing, _cpu_rest(config, passing))
@@ -192,7 +199,8 @@ def plan_inference(config: Config, setting: Setting, new_tokens: int = 100) -> P
     return _by_depth(partial(_inference, new_tokens=new_tokens), config, setting)
 
 
-def _training(config: Config, setting: Setting) -> Counter[str]:
+def _training(config: Config, setting: Setting) -> list[Counter[str]]:
+    """Of the way forward, with the head and its gradient, and of the way back."""
     with _counted(config, setting) as (model, ledger):
         ledger.part = "adapter"
         if setting.lora is None:
@@ -214,13 +222,16 @@ def _training(config: Config, setting: Setting) -> Counter[str]:
         tokens, where = torch.zeros(1, sum(lengths), dtype=torch.long), torch.arange(sum(lengths))
         model.train()
         with runtime.autocast(setting.precision, "cpu"):
-            model(tokens, labels=tokens, where=where, lengths=lengths).backward()
+            loss = model(tokens, labels=tokens, where=where, lengths=lengths)
+            forward = ledger.peak.copy()
+            ledger.peak.clear()
+            loss.backward()
         del state
-        return ledger.peak
+        return [forward, ledger.peak]
 
 
 @torch.no_grad()
-def _inference(config: Config, setting: Setting, new_tokens: int) -> Counter[str]:
+def _inference(config: Config, setting: Setting, new_tokens: int) -> list[Counter[str]]:
     with _counted(config, setting) as (model, ledger):
         model.eval()
         ledger.part = "adapter"
@@ -232,7 +243,7 @@ def _inference(config: Config, setting: Setting, new_tokens: int) -> Counter[str
         with runtime.autocast(setting.precision, "cpu"):
             prefill(model, [prompt], cache, torch.device("cpu"))
             decode_step(model, torch.zeros(1, 1, dtype=torch.long), cache)
-        return ledger.peak
+        return [ledger.peak]
 
 
 def remedies(setting: Setting) -> Iterator[tuple[str, Setting]]:

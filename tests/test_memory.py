@@ -99,6 +99,18 @@ def test_a_real_step_on_this_machine_holds_what_was_planned() -> None:
     assert planned["activations"] + planned.get("logits", 0) == pytest.approx(real, rel=0.02)
 
 
+def test_a_plan_that_is_drawn_out_is_the_whole_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a shallow model needs most in another phase than the deep one: its vocabulary is large beside its blocks."""
+    config = replace(Config.from_name("SmolLM2-135M-Instruct"), n_layer=12)
+    for setting in (Setting(MIXED, None, None, (512,), device="cpu"), Setting(BF16, rows=(512,))):
+        drawn = memory.plan_training(config, setting).parts
+        with monkeypatch.context() as patch:
+            patch.setattr(memory, "DEEPER", config.n_layer)
+            whole = memory.plan_training(config, setting).parts
+        assert sum(drawn.values()) == pytest.approx(sum(whole.values()), rel=0.01)
+        assert min(drawn.values()) >= 0
+
+
 @pytest.mark.parametrize("trained", [True, False])
 def test_one_piece_of_logits_is_there_at_a_time(trained: bool) -> None:
     """And one gradient of the head's weight, where that trains."""

@@ -87,25 +87,34 @@ void gated_silu_backward(long count, const void *grad, const void *gate, const v
     }
 }
 
+static inline __attribute__((always_inline)) void rotate_head(long size, long n, const void *x, const float *c, const float *s,
+                                                              void *y, long bf16, long at) {
+    float a[size], b[size];
+    long half = n / 2;
+    load(a, x, bf16, at, size);
+    for (long i = 0; i < half; i++) b[i] = a[i] * c[i] + a[half + i] * s[i];
+    for (long i = 0; i < half; i++) b[half + i] = a[half + i] * c[half + i] + a[i] * s[half + i];
+    for (long i = n; i < size; i++) b[i] = a[i];
+    store(y, bf16, at, b, size);
+}
+
 /* Turns the first n of the `size` numbers of each head by the angles of its token; x, y (tokens, heads, size), cos, sin
    (angles, n) of x's kind, which repeat where there are more tokens. `sign` -1 turns back. */
 void rotate(long tokens, long heads, long size, long n, long angles, const void *x, const void *cos, const void *sin,
             float sign, void *y, long bf16, long threads) {
-    long half = n / 2;
 #pragma omp parallel for schedule(static) num_threads(threads) if (tokens * heads * size > SMALL)
     for (long token = 0; token < tokens; token++) {
-        float a[size], b[n], c[n], s[n];
+        float c[n], s[n];
         load(c, cos, bf16, token % angles * n, n);
         load(s, sin, bf16, token % angles * n, n);
         for (long i = 0; i < n; i++) s[i] *= sign;
-        for (long head = 0; head < heads; head++) {
-            long at = (token * heads + head) * size;
-            load(a, x, bf16, at, size);
-            for (long i = 0; i < half; i++) b[i] = a[i] * c[i] + a[half + i] * s[i];
-            for (long i = 0; i < half; i++) b[half + i] = a[half + i] * c[half + i] + a[i] * s[half + i];
-            memcpy(a, b, n * sizeof(float));
-            store(y, bf16, at, a, size);
-        }
+        for (long at = token * heads * size; at < (token + 1) * heads * size; at += size)
+            if (size == 64 && n == 64) /* the compiler lays out loops of known lengths */
+                rotate_head(64, 64, x, c, s, y, bf16, at);
+            else if (size == 128 && n == 128)
+                rotate_head(128, 128, x, c, s, y, bf16, at);
+            else
+                rotate_head(size, n, x, c, s, y, bf16, at);
     }
 }
 
