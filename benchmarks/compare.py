@@ -2,7 +2,7 @@
 
 Usage: python benchmarks/compare.py PEERS DATA.json [ROUNDS]
 PEERS is a folder that `bash benchmarks/peers/setup.sh PEERS` has made; DATA.json has Alpaca's fields. SmolLM2-135M must
-have been fetched (`make quickstart`). Six to ten minutes a round on two cores. Nothing else should run meanwhile.
+have been fetched (`make quickstart`). Seven to eleven minutes a round on two cores. Nothing else should run meanwhile.
 """
 
 import json
@@ -90,7 +90,7 @@ def main() -> None:
         for number in range(rounds):
             for name, command in (runs | decoding).items():
                 kind = next((kind for kind in DTYPES if kind in name), "bf16")
-                # Other guests make the machine a fifth slower for seconds: a run counts beside what is next to it.
+                # Other guests make the machine a sixth slower for seconds: a run counts beside what is next to it.
                 before = peak_flops(DTYPES[kind])
                 told = last_json([str(part) for part in command])
                 around = (before + peak_flops(DTYPES[kind])) / 2

@@ -10,9 +10,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from lit_gpt.data import read_records
 from lit_gpt.report import table
 
-N_ROWS = 24
+N_ROWS = 36  # two steps of 16, and some for validation
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "checkpoints" / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
 BASES = {"lora": "--precision bf16-mixed", "full": "--precision bf16-mixed --train.micro_batch_size 1"}
@@ -39,8 +40,8 @@ def script(name: str, flags: str) -> None:
 def main() -> None:
     rows = [("finetune/", "besides --precision bf16-mixed", "planned GB", "measured GB", "ratio")]
     with tempfile.TemporaryDirectory() as folder:
-        # Rows of one length fill every micro-batch.
-        longest = sorted(json.loads(Path(sys.argv[1]).read_text()), key=lambda row: -sum(map(len, row.values())))
+        # Rows of nearly one length fill every micro-batch.
+        longest = sorted(read_records(Path(sys.argv[1])), key=lambda row: -sum(map(len, row.values())))
         Path(folder, "rows.json").write_text(json.dumps(longest[:N_ROWS]))
         data = f"--json_path {folder}/rows.json --max_seq_length 512"
         script("scripts/prepare_json.py", f"{data} --destination_path {folder}/data --checkpoint_dir {MODEL}")

@@ -19,8 +19,8 @@ class TrainArgs:
         max_steps: Stop after so many optimizer steps, whatever `epochs` says.
         max_seq_length: Cut rows to this many tokens; the end-of-text token is kept.
         max_norm: Clip the gradient's norm to this; 0 does not clip.
-        packing: Lay rows end to end instead of padding them, as many as the `micro_batch_size` longest would fill;
-            changes speed, not the result.
+        packing: Lay rows end to end instead of padding them, no more tokens at a time than the `micro_batch_size`
+            longest have; changes speed, not the result.
         save_interval: Optimizer steps between periodic checkpoints; 0 keeps only the final one.
         keep_last: Of the periodic checkpoints keep so many; 0 keeps all.
         keep_best: Keep the weights with the lowest validation loss too, as best-ckpt.pth.

@@ -28,9 +28,9 @@ from lit_gpt.lora import LoRASettings
 from lit_gpt.model import GPT
 
 PARTS = ("program", "weights", "adapter", "gradients", "optimizer", "cache", "activations", "logits", "workspace")
-# What a CPU run was seen to hold beyond the count, at most (benchmarks/planned_memory.py): libraries grow once they
-# work. Where it is torch that asks for what is kept, glibc's heap has holes besides, which no later block fits into.
-# Tiny runs hold less: three times what passes.
+# What LoRA on a CPU was seen to hold beyond the count (benchmarks/planned_memory.py): libraries grow once they work.
+# Full fine-tuning held 0.1 GB more, which is not explained. Where it is torch that asks for what is kept, glibc's heap
+# has holes besides, which no later block fits into. Tiny runs hold less: three times what passes.
 CPU_REST, CPU_HOLES, CPU_HOLES_OF_PASSING, MOST_CPU_HOLES = 50_000_000, 250_000_000, 0.15, 500_000_000  # a share; bytes
 ROUNDING = 512  # bytes: what CUDA's allocator hands out is a multiple
 # What 13 settings of a 7B model held beyond the count on an H100, 0.05 to 0.14 GB (benchmarks/gpu.py): cuBLAS asks for
@@ -200,7 +200,7 @@ def plan_inference(config: Config, setting: Setting, new_tokens: int = 100) -> P
 
 
 def _training(config: Config, setting: Setting) -> list[Counter[str]]:
-    """Of the way forward, with the head and its gradient, and of the way back."""
+    """Of the way forward, with the head and its gradient, and of the way back; not of the optimizer's step."""
     with _counted(config, setting) as (model, ledger):
         ledger.part = "adapter"
         if setting.lora is None:

@@ -58,8 +58,9 @@ class Normed(NamedTuple):
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """As `rms_norm_reference`, keeping only x for the way back; the result's `normed` is its `Normed`.
+    """As `rms_norm_reference`, keeping only x for the way back.
 
+    In C the result's `normed` tells what it was made of, where it has a gradient.
     Under autocast a float32 x comes out rounded, as the linear layer that reads it would round it.
     """
     dtype = autocast_dtype(x) if x.dtype == torch.float32 else x.dtype

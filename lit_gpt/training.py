@@ -49,7 +49,7 @@ def permutation(n_rows: int, seed: int, epoch: int) -> list[int]:
 def step_rows(n_rows: int, args: TrainArgs, seed: int, longest: int, first: int = 0) -> Iterator[list[int]]:
     """The rows of each optimizer step from the one with number `first`, in order, epoch after epoch.
 
-    The `longest` row is the first of all, so that what is too long for the memory fails at once.
+    The `longest` row is the first of all, so that one that is too long by itself fails at once.
     """
     first_epoch, skipped = divmod(first, steps_per_epoch(n_rows, args))
     for epoch in range(first_epoch, args.epochs):
@@ -63,7 +63,7 @@ def step_rows(n_rows: int, args: TrainArgs, seed: int, longest: int, first: int 
 
 
 def micro_batches(data: PreparedSet, rows: Sequence[int], args: TrainArgs) -> Iterator[Batch]:
-    """The rows, `micro_batch_size` at a time; with packing, of as many tokens at most as the longest so many."""
+    """The rows, `micro_batch_size` at a time; packed, of no more tokens than the longest so many have."""
     if args.packing:
         groups = pack([int(n) for n in data.lengths(rows)], data.n_longest(args.micro_batch_size))
     else:

@@ -68,8 +68,9 @@ WIDE = replace(Config.from_name("SmolLM2-135M-Instruct"), n_layer=12)  # shallow
         (SMALL, Setting(FULL, lora=None, rows=(60, 60), device="cpu")),
         (SMALL, Setting(BF16, lora=LoRASettings(targets=("query", "mlp", "head")), rows=(100,))),
         (WIDE, Setting(MIXED, lora=None, rows=(512,), device="cpu")),
+        (WIDE, Setting(BF16, lora=None, rows=(512,), device="cpu")),
     ],
-    ids=["lora", "qlora", "full", "all", "large vocabulary"],
+    ids=["lora", "qlora", "full", "all", "large vocabulary", "large vocabulary, narrow"],
 )
 def test_shallow_models_tell_of_deep_ones(config: Config, setting: Setting) -> None:
     quick, whole = memory.plan_training(config, setting), max(memory._training(config, setting), key=Counter.total)

@@ -1,7 +1,8 @@
 /* LoRA's update of a layer and its way back, each in one pass over memory; compiled on first use, see __init__.py.
 
-   y += b low, low = a x, of tokens that lie end to end, x (n, in) and y (n, out) in float32 or bfloat16 (`bf16` 0 or 1). On the
-   way back x may be what is still to be normed, of a kind of its own (`x_bf16`). The factors a (r, in) and b (out, r) are float32; they are scaled and rounded to x's kind when used, as `low` is. Sums are float32.
+   y += b low, low = a x, of tokens that lie end to end, x (n, in) and y (n, out) in float32 or bfloat16 (`bf16` 0 or 1). The
+   factors a (r, in) and b (out, r) are float32; they are scaled and rounded to y's kind when used, as `low` is. Sums are float32.
+   On the way back x may be what is still to be normed, of a kind of its own (`x_bf16`).
    Of x is dropped what 16 random bits of its place tell, see numbers.h; a `threshold` that all bits reach drops nothing.
 
    Each thread has some of the tokens, in blocks that stay in the nearer caches. Where sums are over tokens, each has its own. */
