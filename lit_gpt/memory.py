@@ -29,7 +29,7 @@ from lit_gpt.model import GPT
 
 PARTS = ("program", "weights", "adapter", "gradients", "optimizer", "cache", "activations", "logits", "workspace")
 # What LoRA on a CPU was seen to hold beyond the count (benchmarks/planned_memory.py): libraries grow once they work.
-# Full fine-tuning held 0.1 GB more, which is not explained. Where it is torch that asks for what is kept, glibc's heap
+# Full fine-tuning held 0.15 GB more, which is not explained. Where it is torch that asks for what is kept, glibc's heap
 # has holes besides, which no later block fits into. Tiny runs hold less: three times what passes.
 CPU_REST, CPU_HOLES, CPU_HOLES_OF_PASSING, MOST_CPU_HOLES = 50_000_000, 250_000_000, 0.15, 500_000_000  # a share; bytes
 ROUNDING = 512  # bytes: what CUDA's allocator hands out is a multiple

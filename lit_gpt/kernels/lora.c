@@ -25,7 +25,7 @@ typedef struct {
     const float *weight, *scale; /* of each number and of each token, by which x is normed first; or none */
 } Task;
 
-/* Numbers to words, those of a pair being neighbours; rounded to x's kind. */
+/* Numbers to words, those of a pair being neighbours; rounded to y's kind. */
 static inline void packed(const Task *t, const float *from, long n, word *to) {
     uint16_t half[t->bf16 && !t->pairs ? n : 1];
     if (t->bf16 && !t->pairs) {
