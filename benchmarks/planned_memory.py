@@ -1,6 +1,6 @@
 """What each remedy against running out of memory saves, and the planner beside it: short runs on this machine's CPU.
 
-Usage: python benchmarks/planned_memory.py DATA.json   (after `make quickstart` has fetched the model; six to ten minutes)
+Usage: python benchmarks/planned_memory.py DATA.json   (after `make quickstart` has fetched the model; 6 to 10 minutes)
 DATA.json holds rows with instruction, input and output, such as Alpaca's; the longest are taken, cut to 512 tokens.
 """
 
