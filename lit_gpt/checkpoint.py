@@ -213,14 +213,16 @@ def load_model(
     return model
 
 
-def load_by_block(folder: Path, dtype: torch.dtype, ran: Callable[[], None] = lambda: None) -> GPT:
+def load_by_block(
+    folder: Path, dtype: torch.dtype, ran: Callable[[], None] = lambda: None, *, device: torch.device | str = "cpu"
+) -> GPT:
     """The model of a checkpoint folder, each part of which gets its weights when it runs and gives them up after.
 
     For one look at a model that memory does not hold: only one block is there at a time, read anew for each pass.
     `ran` is called after each of the blocks.
     """
     weights = Weights.from_folder(folder)
-    model, tied = hollow(weights.config).requires_grad_(False), weights.config.tie_embeddings
+    model, tied = hollow(weights.config).to(dtype).requires_grad_(False), weights.config.tie_embeddings
     names = ["wte", "wpe", *(f"h.{layer}" for layer in range(weights.config.n_layer)), "ln_f"]
     parts = [f"transformer.{name}" for name in names if name != "wpe" or weights.config.learned_positions] + ["lm_head"]
     for prefix in parts:
@@ -230,17 +232,22 @@ def load_by_block(folder: Path, dtype: torch.dtype, ran: Callable[[], None] = la
             steps += [step for step in weights.steps if step.ours[0] == "transformer.wte.weight"]
             owners["transformer.wte.weight"] = model.lm_head
         part = model.get_submodule(prefix)
-        part.register_forward_pre_hook(partial(_bring, weights, steps, owners, dtype))
+        part.register_forward_pre_hook(partial(_bring, weights, steps, owners, dtype, device))
         part.register_forward_hook(partial(_take_away, owners, ran if ".h." in prefix else lambda: None))
     return model
 
 
 def _bring(
-    weights: Weights, steps: list[Step], owners: dict[str, nn.Module], dtype: torch.dtype, *hooked: object
+    weights: Weights,
+    steps: list[Step],
+    owners: dict[str, nn.Module],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    *hooked: object,
 ) -> None:
     for step in steps:
         for name, tensor in zip(step.ours, weights._read(step), strict=True):
-            parameter = nn.Parameter(tensor.to(dtype, copy=True), requires_grad=False)
+            parameter = nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False)
             setattr(owners[name], name.rpartition(".")[2], parameter)
         weights.source.release(step.theirs)
 
@@ -344,11 +351,12 @@ def save_model(path: Path, model: GPT, base_dir: Path, style: str, dtype: torch.
     complete_folder(path.parent, model.config, base_dir, style)
 
 
-def complete_folder(folder: Path, config: Config, base_dir: Path, style: str) -> None:
-    """Put beside new weights what the scripts that follow need: config, tokenizer, prompt style."""
+def complete_folder(folder: Path, config: Config, base_dir: Path, style: str | None) -> None:
+    """Put beside new weights what the scripts that follow need: config, tokenizer, prompt style (none of a base)."""
     files.copy_companions(base_dir, folder)
     save_config(folder, config)
-    files.save_text(folder / files.PROMPT_STYLE, json.dumps({"prompt_style": style}) + "\n")
+    if style is not None:
+        files.save_text(folder / files.PROMPT_STYLE, json.dumps({"prompt_style": style}) + "\n")
 
 
 def prompt_style(folder: Path) -> str | None:

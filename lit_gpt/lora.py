@@ -115,7 +115,9 @@ class _Update(torch.autograd.Function):
                 y = (flat + low @ b_used.t()).to(y.dtype) if wide else torch.addmm(flat, low, b_used.t())
                 y = y.view(shape)
             else:
-                flat.add_(low @ b_used.t()) if wide else flat.addmm_(low, b_used.t())
+                total = products.widened(flat).addmm_(low, b_used.t())  # y itself, unless that is narrower
+                if wide:
+                    flat.copy_(total)
                 ctx.mark_dirty(y)
         ctx.save_for_backward(x, drawn, low, a_used, b_used)
         ctx.scaling, ctx.p = scaling, p
@@ -131,7 +133,8 @@ class _Update(torch.autograd.Function):
             d_b = (flat.t() @ low).float().mul_(ctx.scaling)
             d_a = (d_low.t() @ products.widened(seen.flatten(0, -2))).float().div_(1 - ctx.p)
             if ctx.needs_input_grad[1]:
-                d_x = (d_low @ a_used).to(x.dtype).view(x.shape)
+                d_x = d_low @ a_used if d_low.dtype == x.dtype else products.linear_backward(d_low, a_used)
+                d_x = products.copied(d_x, x.dtype).view(x.shape)
                 d_x = d_x if drawn is None else ops.dropped(d_x, drawn, ctx.p, inplace=True)
         return grad, d_x, d_a, d_b, None, None
 

@@ -34,9 +34,16 @@ def goes_wide(x: torch.Tensor) -> bool:
     return x.dtype in SLOW and ops.device_of(x) == "cpu"
 
 
+def copied(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in that dtype, in memory that is found again once it is freed (`kernels.empty`); a step makes hundreds."""
+    if x.dtype == dtype or not ops.in_c(x):
+        return x.to(dtype)
+    return empty(x, dtype=dtype).copy_(x)
+
+
 def widened(x: torch.Tensor) -> torch.Tensor:
     """x as it is multiplied fastest: itself, or in float32."""
-    return x.float() if goes_wide(x) else x
+    return copied(x, torch.float32) if goes_wide(x) else x
 
 
 def as_they_are(x: torch.Tensor) -> AbstractContextManager[object]:
@@ -63,9 +70,9 @@ def linear_backward(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if goes_wide(grad):
         flat = grad.flatten(0, -2)
         with as_they_are(grad):
-            parts = (linear_backward(flat[:, rows_of].float(), part) for rows_of, part in _pieces(weight))
+            parts = (linear_backward(widened(flat[:, rows_of]), part) for rows_of, part in _pieces(weight))
             total = reduce(torch.Tensor.add_, parts)
-        return total.to(grad.dtype).view(*grad.shape[:-1], weight.shape[1])
+        return copied(total, grad.dtype).view(*grad.shape[:-1], weight.shape[1])
     if not ops.in_c(grad):
         return grad @ weight
     if own.fits(grad, weight):
@@ -77,7 +84,7 @@ def linear_backward(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     if goes_wide(x):
-        wide, shape = x.float(), (*x.shape[:-1], len(weight))
+        wide, shape = widened(x), (*x.shape[:-1], len(weight))
         y = empty(x, shape) if ops.in_c(x) else x.new_empty(shape)
         with as_they_are(x):
             for rows_of, part in _pieces(weight):
@@ -102,7 +109,7 @@ def _pieces(weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     # Of the planner's tensors, which have no numbers, one piece tells what all take.
     stop = step if isinstance(weight, FakeTensor) else len(weight)
     for start in range(0, stop, step):
-        yield slice(start, start + step), weight[start : start + step].float()
+        yield slice(start, start + step), copied(weight[start : start + step], torch.float32)
 
 
 class _Linear(torch.autograd.Function):
@@ -124,4 +131,4 @@ class _Linear(torch.autograd.Function):
                 d_weight = widened(grad.flatten(0, -2)).t() @ widened(x.flatten(0, -2))
         if ctx.needs_input_grad[2]:
             d_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return d_x, None if d_weight is None else d_weight.to(weight.dtype), d_bias
+        return d_x, None if d_weight is None else copied(d_weight, weight.dtype), d_bias

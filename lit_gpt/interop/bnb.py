@@ -1,4 +1,4 @@
-"""A folder whose weights transformers saved in bitsandbytes' 4 bits, seen as one of full weights."""
+"""A folder that holds weights in bitsandbytes' 4 bits, as transformers saves them, seen as one of full weights."""
 
 import json
 from collections.abc import Mapping
@@ -26,6 +26,24 @@ OTHERS = {  # `quant_method` in config.json -> how it keeps weights
 }
 
 
+def parts(name: str, layer: Linear4bit, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """A layer's tensors as transformers saves them, for a weight of that name which came from `dtype`."""
+    state = {
+        "quant_type": layer.levels,
+        "blocksize": layer.block,
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": [layer.out_features, layer.in_features],
+    }
+    found = {name: layer.weight.detach(), f"{name}.absmax": layer.get_buffer("absmax"), f"{name}.quant_map": layer.code}
+    if layer.kind.endswith("-dq"):
+        state |= {"nested_blocksize": quantization.NESTED_BLOCK, "nested_dtype": "float32"}
+        state["nested_offset"] = float(layer.get_buffer("offset"))
+        found[f"{name}.nested_absmax"] = layer.get_buffer("nested_absmax")
+        found[f"{name}.nested_quant_map"] = layer.nested_code
+    description = bytearray(json.dumps(state).encode())
+    return {**found, f"{name}{STATE}{layer.levels}": torch.frombuffer(description, dtype=torch.uint8)}
+
+
 def check_readable(where: Path, hf_config: Mapping[str, Any]) -> None:
     """Raises ValueError for weights that were quantized otherwise than in bitsandbytes' 4 bits, as config.json says."""
     told = hf_config.get("quantization_config")
@@ -49,11 +67,9 @@ class FourBitSource:
     `read` gives them dequantized, in float32; `layer` as they are stored.
     """
 
-    is_lit = False
-
     def __init__(self, inner: TensorSource):
         """Raises ValueError for a description that does not fit its tensors, or where bitsandbytes is not installed."""
-        self.inner, self.where = inner, inner.where
+        self.inner, self.where, self.is_lit = inner, inner.where, inner.is_lit
         library = quantization.import_bitsandbytes(f"{self.where} holds 4-bit weights, and reading them")
         self._map_of_scales: torch.Tensor = library.functional.create_dynamic_map()
         self.states: dict[str, dict[str, Any]] = {}

@@ -11,7 +11,6 @@ from lit_gpt import checkpoint, files
 from lit_gpt.checkpoint import Weights
 from lit_gpt.config import Config
 from lit_gpt.families import FAMILIES
-from lit_gpt.files import FolderSource
 from lit_gpt.tokenizer import Tokenizer
 
 INDEX = "model.safetensors.index.json"
@@ -29,7 +28,7 @@ def export(
     """
     from safetensors.torch import save_file
 
-    source = FolderSource(folder)
+    source = checkpoint.open_folder(folder)
     if not source.is_lit:
         raise ValueError(f"{folder} holds no {files.LIT_MODEL}: it is an HF folder already")
     weights = Weights(source, checkpoint.load_config(folder))

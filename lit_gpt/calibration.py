@@ -1,0 +1,182 @@
+"""4-bit weights whose codes are chosen by what layers are asked, not each number by itself (GPTQ, arXiv:2210.17323).
+
+Rounding a weight to the nearest level is best if inputs know nothing of each other. They do: what one weight's rounding
+adds to the output, later ones can take back. The scales stay those that plain quantization finds, so that every 4-bit
+kind, layer and kernel works as before.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lit_gpt import checkpoint, files, quantization
+from lit_gpt.data import open_prepared
+from lit_gpt.interop import bnb
+from lit_gpt.quantization import Linear4bit, levels_of
+from lit_gpt.runtime import device_of_this_machine, resolve_precision
+from lit_gpt.tokenizer import Tokenizer
+
+DAMPING = 0.01  # of the mean second moment, added to each input's: rows cannot tell inputs apart that go together
+AT_ONCE = 64  # inputs whose errors reach the later ones in one product
+
+
+@dataclass
+class Errors:
+    """Squared errors of the layers' outputs on the rows, each as a share of the output, summed over layers."""
+
+    nearest: float = 0.0
+    chosen: float = 0.0
+    n_layers: int = 0
+
+    def add(self, weight: torch.Tensor, moments: torch.Tensor, nearest: torch.Tensor, chosen: torch.Tensor) -> None:
+        """Those of one layer: three weights (out, in) float32 and the second moments (in, in) of its inputs."""
+
+        def size(matrix: torch.Tensor) -> float:  # of its outputs: the trace of M H M^T
+            return float(((matrix @ moments) * matrix).sum())
+
+        whole = size(weight)
+        if whole > 0:
+            self.nearest += size(weight - nearest) / whole
+            self.chosen += size(weight - chosen) / whole
+            self.n_layers += 1
+
+    def __str__(self) -> str:
+        """Roots of the means, in per cent."""
+        chosen, nearest = ((error / max(self.n_layers, 1)) ** 0.5 for error in (self.chosen, self.nearest))
+        return f"{chosen:.1%} of what layers compute on these rows, {nearest:.1%} with the nearest codes"
+
+
+def choose_codes(layer: Linear4bit, weight: torch.Tensor, moments: torch.Tensor) -> None:
+    """Give the quantized layer codes with which its outputs, not its numbers, are near those of `weight` (out, in).
+
+    `moments` (in, in) are the sums of products of its inputs, float32. Inputs are rounded one after the other, the
+    largest first; what an input's rounding changes is made up for by those that are still to come (algorithm 1 of the
+    paper, whose upper factor of the inverse is R^-1 for H = R R^T, R upper). Without inputs nothing is changed.
+    """
+    if not bool(moments.any()):
+        return
+    levels, at = levels_of(layer.levels, weight.device).sort()
+    between = (levels[1:] + levels[:-1]) / 2
+    scales = layer.scales().repeat_interleave(layer.block)[: weight.numel()].view(weight.shape)
+    order = moments.diagonal().argsort(descending=True)
+    left, scales = (matrix.float().t()[order].contiguous() for matrix in (weight, scales))  # (in, out)
+    passed_on = _passed_on(moments[order][:, order])
+    codes = torch.empty_like(left, dtype=torch.uint8)
+    for begin in range(0, len(left), AT_ONCE):
+        end = min(begin + AT_ONCE, len(left))
+        errors = torch.empty_like(left[begin:end])
+        for i in range(begin, end):
+            now = left[i] - passed_on[begin:i, i] @ errors[: i - begin]
+            code = torch.bucketize(now / scales[i].clamp(min=1e-38), between)
+            codes[i] = at[code]
+            errors[i - begin] = (now - levels[code] * scales[i]) / passed_on[i, i]
+        left[end:] -= passed_on[begin:end, end:].t() @ errors
+    flat = torch.empty_like(codes).index_copy_(0, order, codes).t().flatten()
+    pairs = nn.functional.pad(flat, (0, len(flat) % 2)).view(-1, 2)
+    layer.load("weight", ((pairs[:, :1] << 4) | pairs[:, 1:]).contiguous())
+
+
+def _passed_on(moments: torch.Tensor) -> torch.Tensor:
+    """The upper factor of the inverse of the damped moments."""
+    damped = moments.clone()
+    damped.diagonal().add_(DAMPING * moments.diagonal().mean())
+    factor = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+    one = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    return torch.linalg.solve_triangular(factor, one, upper=True)
+
+
+def open_rows(checkpoint_dir: Path, data_dir: Path, n_tokens: int, seed: int) -> list[torch.Tensor]:
+    """Training rows of a prepared set (T,), drawn until there are that many tokens. ValueError as `open_prepared`."""
+    if n_tokens < 1:
+        raise ValueError(f"--calibration_tokens must be at least 1, not {n_tokens}")
+    config = checkpoint.load_config(checkpoint_dir)
+    training, _, _ = open_prepared(data_dir, Tokenizer(checkpoint_dir), config.block_size, config.vocab_size)
+    order = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))
+    n_rows = int((training.lengths()[order].cumsum(0) < n_tokens).sum()) + 1
+    return [training.row(index)[0] for index in order[:n_rows].tolist()]
+
+
+def calibrate(
+    folder: Path,
+    kind: str,
+    rows: Sequence[torch.Tensor],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    ran: Callable[[], None] = lambda: None,
+) -> tuple[dict[str, Linear4bit], Errors]:
+    """Layers of a checkpoint in a 4-bit kind, by their weights' names, and how far off they are.
+
+    One pass of the rows (T,), laid end to end, through the model: each layer is quantized when it is first used, so
+    that it sees what the quantized ones before it give. One block's weights are there at a time; `ran` is called after
+    each. Experts that no token goes to keep the nearest codes.
+    """
+    model = checkpoint.load_by_block(folder, dtype, ran, device=device)
+    layers: dict[str, Linear4bit] = {}
+    errors = Errors()
+    seen: list[torch.Tensor] = []  # the last inputs and their moments: some layers share them
+
+    def nearest(weight: torch.Tensor) -> Linear4bit:
+        layer = quantization.quantize(weight, kind)
+        assert isinstance(layer, Linear4bit)
+        return layer
+
+    def choose(name: str, linear: nn.Linear, inputs: tuple[torch.Tensor]) -> None:
+        if not (seen and seen[0] is inputs[0]):
+            flat = inputs[0].flatten(0, -2).float()
+            seen[:] = inputs[0], flat.t() @ flat
+        weight, moments = linear.weight.detach(), seen[1]
+        layer = nearest(weight)
+        before = layer.dense(torch.float32)
+        choose_codes(layer, weight, moments)
+        after = layer.dense(torch.float32)
+        errors.add(weight.float(), moments, before, after)
+        linear.weight.data = after.to(dtype)
+        layers[f"{name}.weight"] = layer.cpu()
+
+    names = [name for name, module in model.named_modules() if quantization.quantizable(name, module, kind)]
+    for name in names:
+        model.get_submodule(name).register_forward_pre_hook(partial(choose, name))
+    lengths = [len(row) for row in rows]
+    with torch.no_grad():
+        model.transformer(torch.cat(list(rows))[None].to(device), lengths)
+    if unasked := {f"{name}.weight" for name in names} - set(layers):
+        for name, weight in checkpoint.Weights.from_folder(folder):
+            if name in unasked:
+                layers[name] = nearest(weight)
+    return layers, errors
+
+
+def write(
+    source_dir: Path,
+    kind: str,
+    rows: Sequence[torch.Tensor],
+    folder: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    dtype: torch.dtype | None = None,
+) -> Errors:
+    """Write `folder`, a complete checkpoint whose `lit_model.pth` holds the calibrated layers, all else as it was.
+
+    A weight in 4 bits lies there as transformers saves it, under our names. `dtype` is what the rows are run in, by
+    default this machine's best. `progress` hears the blocks done and all.
+    Raises ValueError for a kind in which there is nothing to choose.
+    """
+    if kind == "bnb.int8" or kind.endswith(quantization.HEAD):
+        raise ValueError(f"rows choose the 4-bit codes of the blocks' layers; --quantize {kind} has others")
+    if folder.resolve() == source_dir.resolve() or (folder.exists() and not folder.is_dir()):
+        raise ValueError(f"--out_dir {folder} must be another folder")
+    weights = checkpoint.Weights.from_folder(source_dir)
+    n_blocks, done = weights.config.n_layer, count(1)
+    dtype, device = dtype or resolve_precision(None, training=False).frozen, device_of_this_machine()
+    layers, errors = calibrate(source_dir, kind, rows, dtype, device, lambda: progress(next(done), n_blocks))
+    parts = {name: bnb.parts(name, layer, weights.metas[name].dtype) for name, layer in layers.items()}
+    metas = {name: meta for name, meta in weights.metas.items() if name not in layers}
+    metas |= {name: tensor.to("meta") for part in parts.values() for name, tensor in part.items()}
+    everything = (parts.get(name, {name: tensor}).items() for name, tensor in weights)
+    files.save_streamed(folder / files.LIT_MODEL, metas, (item for items in everything for item in items))
+    checkpoint.complete_folder(folder, weights.config, source_dir, checkpoint.prompt_style(source_dir))
+    return errors

@@ -1,0 +1,159 @@
+"""Codes chosen by what layers are asked: against the textbook's way, and from the script to a merged adapter."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import load_script, run_script
+from torch import nn
+from twins import make_twin
+
+from lit_gpt import calibration, checkpoint, files, quantization
+from lit_gpt.args import EvalArgs, TrainArgs
+from lit_gpt.quantization import Linear4bit
+
+pytest.importorskip("bitsandbytes")
+KINDS = [kind for kind in quantization.KINDS if kind != "bnb.int8"]
+TWINS = ("llama-grouped", "llama-one-group-tied", "phi3", "neox", "mixtral", "gemma2", "gpt2")
+
+
+def layer_and_inputs(kind: str, n_out: int, n_in: int) -> tuple[Linear4bit, torch.Tensor, torch.Tensor]:
+    """A quantized layer, its weight, and inputs (200, n_in) that have much in common."""
+    generator = torch.Generator().manual_seed(n_in)
+    weight = torch.randn(n_out, n_in, generator=generator)
+    mixed = torch.randn(n_in, n_in, generator=generator) / n_in**0.5
+    inputs = torch.randn(200, n_in, generator=generator) @ (torch.eye(n_in) * 0.3 + mixed)
+    layer = quantization.quantize(weight, kind)
+    assert isinstance(layer, Linear4bit)
+    return layer, weight, inputs
+
+
+def textbook(layer: Linear4bit, weight: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """Optimal Brain Surgeon with the inputs in the same order: the inverse of what is left is made anew each time.
+
+    Frantar et al. 2022, arXiv:2210.17323, equation 2; float64, one row of the weight after the other.
+    """
+    moments = (inputs.double().t() @ inputs.double()).float().double()
+    order = moments.diagonal().argsort(descending=True).tolist()
+    moments += torch.eye(len(moments)) * calibration.DAMPING * moments.diagonal().mean()
+    levels = quantization.levels_of(layer.levels).double()
+    scales = layer.scales().repeat_interleave(layer.block)[: weight.numel()].view(weight.shape).double()
+    left, chosen = weight.double().clone(), torch.empty_like(weight, dtype=torch.float64)
+    while order:
+        inverse = torch.linalg.inv(moments[order][:, order])
+        now, later = order[0], order[1:]
+        steps = (left[:, now, None] / scales[:, now, None] - levels).abs()
+        chosen[:, now] = levels[steps.argmin(1)] * scales[:, now]
+        error = (left[:, now] - chosen[:, now]) / inverse[0, 0]
+        left[:, later] -= error[:, None] * inverse[0, 1:]
+        order = later
+    return chosen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("n_out", "n_in"), [(6, 64), (5, 130), (3, 7), (70, 96)])  # rows that are no whole blocks too
+def test_codes_are_the_textbooks(kind: str, n_out: int, n_in: int) -> None:
+    layer, weight, inputs = layer_and_inputs(kind, n_out, n_in)
+    expected = textbook(layer, weight, inputs)
+    calibration.choose_codes(layer, weight, inputs.t() @ inputs)
+    same = torch.isclose(layer.dense(torch.float32), expected.float(), rtol=1e-5, atol=1e-7)
+    # A number in the middle between two levels goes where rounding takes it, and the rest of its row from there on.
+    assert same.all(dim=1).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_are_nearer_and_scales_stay(kind: str) -> None:
+    layer, weight, inputs = layer_and_inputs(kind, 96, 160)
+    scales, nearest = layer.scales().clone(), layer.dense(torch.float32)
+    calibration.choose_codes(layer, weight, inputs.t() @ inputs)
+    before, after = ((inputs @ (dense - weight).t()).norm() for dense in (nearest, layer.dense(torch.float32)))
+    assert after < 0.7 * before
+    assert torch.equal(layer.scales(), scales)
+    assert (layer.dense(torch.float32) - weight).norm() > (nearest - weight).norm()  # it is not the numbers that are
+
+
+@pytest.mark.parametrize("moments", [torch.eye(96), torch.zeros(96, 96)], ids=["apart", "none"])
+def test_inputs_that_know_nothing_of_each_other_leave_the_nearest_codes(moments: torch.Tensor) -> None:
+    layer, weight, _ = layer_and_inputs("bnb.nf4", 40, 96)
+    codes = layer.weight.clone()
+    calibration.choose_codes(layer, weight, moments)
+    assert torch.equal(layer.weight, codes)
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_a_folder_loads_as_what_was_chosen(twin: str, tmp_path: Path) -> None:
+    make_twin(twin, tmp_path / "m")
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(1, 101, (n,), generator=generator) for n in (30, 1, 25, 20)]
+    layers, errors = calibration.calibrate(tmp_path / "m", "bnb.nf4-dq", rows, torch.float32)
+    assert errors.chosen < errors.nearest
+    calibration.write(tmp_path / "m", "bnb.nf4-dq", rows, tmp_path / "out", dtype=torch.float32)
+    stored = checkpoint.load_model(tmp_path / "out", torch.float32)
+    kept = {f"{name}.weight": module for name, module in stored.named_modules() if isinstance(module, Linear4bit)}
+    full = checkpoint.load_model(tmp_path / "m", torch.float32)
+    names = {f"{name}.weight" for name, module in full.named_modules() if quantization.quantizable(name, module)}
+    assert set(kept) == set(layers) == names
+    for name, layer in kept.items():
+        assert layer.kind == "bnb.nf4-dq"
+        assert torch.equal(layer.dense(torch.float32), layers[name].dense(torch.float32))
+        full.get_submodule(name.removesuffix(".weight")).weight = nn.Parameter(layer.dense(torch.float32))
+    tokens = torch.randint(1, 101, (1, 20), generator=generator)
+    with torch.no_grad():
+        torch.testing.assert_close(stored(tokens), full(tokens), rtol=1e-5, atol=1e-5)
+    assert checkpoint.fingerprint(tmp_path / "out") != checkpoint.fingerprint(tmp_path / "m")
+
+
+def test_from_rows_to_a_merged_adapter(stories: Path, prepared: Path, tmp_path: Path) -> None:
+    base, out, adapter = tmp_path / "base", tmp_path / "out", tmp_path / "out" / files.ADAPTER
+    said = run_script(
+        *("scripts/quantize_checkpoint", "--checkpoint_dir", stories, "--quantize", "bnb.nf4"),
+        *("--data_dir", prepared, "--out_dir", base),
+    ).stdout
+    assert "% with the nearest codes" in said
+    figures = {"interval": 0, "max_new_tokens": 0}
+    load_script("finetune/lora").main(
+        data_dir=prepared,
+        checkpoint_dir=base,
+        out_dir=out,
+        precision="32-true",
+        train=TrainArgs(max_steps=2, global_batch_size=4),
+        eval=EvalArgs(**figures),
+    )
+    found = checkpoint.Adapter.load(adapter)
+    assert found.quantize is None
+    assert found.base_fingerprint == checkpoint.fingerprint(base)
+    merge = ("scripts/merge_lora", "--lora_path", adapter, "--out_dir", tmp_path / "merged", "--checkpoint_dir")
+    assert run_script(*merge, stories, check=False).returncode  # another base
+    run_script(*merge, base)
+    merged = files.load_dict(tmp_path / "merged" / files.LIT_MODEL)
+    assert {tensor.dtype for tensor in merged.values()} == {torch.float32}
+    run_script(
+        "scripts/convert_lit_checkpoint", "--checkpoint_path", base, "--output_path", tmp_path / "hf"
+    )  # full weights for transformers, with the numbers that ours computes with
+    tokens = torch.arange(1, 30)[None]
+    with torch.no_grad():
+        ours = checkpoint.load_model(base, torch.float32)(tokens)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)(tokens).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-4 * float(theirs.std()), rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ({"quantize": "bnb.int8"}, "4-bit codes"),
+        ({"quantize": "bnb.nf4+head"}, "4-bit codes"),
+        ({"out_dir": None}, "go together"),
+        ({"data_dir": None}, "go together"),
+        ({"calibration_tokens": 0}, "at least 1"),
+        ({"same": True}, "another folder"),
+    ],
+)
+def test_what_cannot_be_is_said(flags: dict, problem: str, stories: Path, prepared: Path, tmp_path: Path) -> None:
+    shutil.copytree(stories, tmp_path / "m")
+    told = {"checkpoint_dir": tmp_path / "m", "data_dir": prepared, "out_dir": tmp_path / "out", **flags}
+    if told.pop("same", False):
+        told["out_dir"] = tmp_path / "m"
+    with pytest.raises(ValueError, match=problem):
+        load_script("scripts/quantize_checkpoint").main(**told)
