@@ -54,9 +54,10 @@ class Errors:
 def choose_codes(layer: Linear4bit, weight: torch.Tensor, moments: torch.Tensor) -> None:
     """Give the quantized layer codes with which its outputs, not its numbers, are near those of `weight` (out, in).
 
-    `moments` (in, in) are the sums of products of its inputs, float32. Inputs are rounded one after the other, the
-    largest first; what an input's rounding changes is made up for by those that are still to come (algorithm 1 of the
-    paper, whose upper factor of the inverse is R^-1 for H = R R^T, R upper). Without inputs nothing is changed.
+    `moments` (in, in) are the sums of products of its inputs, float32. The weights of one input are rounded after those
+    of another, the largest first; what that changes is made up for by the inputs still to come (algorithm 1 of the
+    paper, whose upper factor of the inverse is R^-1 for H = R R^T, R upper). Without inputs nothing is changed. Raises
+    torch.linalg.LinAlgError for moments that are not finite.
     """
     if not bool(moments.any()):
         return
@@ -132,11 +133,14 @@ def calibrate(
         weight, moments = linear.weight.detach(), seen[1]
         layer = nearest(weight)
         before = layer.dense(torch.float32)
-        choose_codes(layer, weight, moments)
+        try:
+            choose_codes(layer, weight, moments)
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(f"{folder}: what {name} is given on these rows is no finite numbers ({error})") from error
         after = layer.dense(torch.float32)
         errors.add(weight.float(), moments, before, after)
         linear.weight.data = after.to(dtype)
-        layers[f"{name}.weight"] = layer.cpu()
+        layers[f"{name}.weight"] = layer
 
     names = [name for name, module in model.named_modules() if quantization.quantizable(name, module, kind)]
     for name in names:

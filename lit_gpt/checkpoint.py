@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -55,6 +56,15 @@ def open_folder(folder: Path, *, original: bool = False) -> TensorSource:
     """The weights of a folder of either kind, as `FolderSource` finds them; those in 4 bits look like full ones."""
     source = FolderSource(folder, original=original)
     return bnb.FourBitSource(source) if bnb.FourBitSource.holds(source) else source
+
+
+def kept_kind(folder: Path) -> str | None:
+    """The 4-bit kind that most of a folder's layers are kept in already; None if none are, or there are no weights."""
+    if not any(list(folder.glob(pattern)) for pattern, _ in files.WEIGHTS):
+        return None
+    source = open_folder(folder)
+    kinds = Counter(state["kind"] for state in source.states.values()) if isinstance(source, bnb.FourBitSource) else {}
+    return max(kinds, key=lambda kind: kinds[kind], default=None)
 
 
 def hollow(config: Config) -> GPT:

@@ -87,7 +87,8 @@ class Job:
         self.longest_rows = self.train_data.longest(train.micro_batch_size)
         self.memory = memory.Setting(
             PRECISIONS[settings["precision"]],
-            quantization.resolve(settings.get("quantize")),
+            quantization.resolve(settings.get("quantize"))
+            or (checkpoint.kept_kind(checkpoint_dir) if adapter else None),
             adapter,
             tuple(self.train_data.lengths()[self.longest_rows].tolist()),
             settings["activation_checkpointing"],

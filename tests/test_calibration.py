@@ -105,6 +105,21 @@ def test_a_folder_loads_as_what_was_chosen(twin: str, tmp_path: Path) -> None:
     assert checkpoint.fingerprint(tmp_path / "out") != checkpoint.fingerprint(tmp_path / "m")
 
 
+def test_experts_that_no_token_goes_to_keep_the_nearest_codes(tmp_path: Path) -> None:
+    make_twin("mixtral", tmp_path)
+    layers, _ = calibration.calibrate(tmp_path, "bnb.nf4", [torch.tensor([7])], torch.float32)
+    nearest = checkpoint.load_model(tmp_path, torch.float32, quantize="bnb.nf4")
+    same = {
+        name: torch.equal(layers[f"{name}.weight"].weight, module.weight)
+        for name, module in nearest.named_modules()
+        if isinstance(module, Linear4bit)
+    }
+    assert len(same) == len(layers)
+    experts = {name: equal for name, equal in same.items() if ".experts." in name}
+    assert any(experts.values())
+    assert not all(experts.values())
+
+
 def test_from_rows_to_a_merged_adapter(stories: Path, prepared: Path, tmp_path: Path) -> None:
     base, out, adapter = tmp_path / "base", tmp_path / "out", tmp_path / "out" / files.ADAPTER
     said = run_script(
@@ -121,6 +136,8 @@ def test_from_rows_to_a_merged_adapter(stories: Path, prepared: Path, tmp_path: 
         train=TrainArgs(max_steps=2, global_batch_size=4),
         eval=EvalArgs(**figures),
     )
+    assert checkpoint.kept_kind(base) == "bnb.nf4"
+    assert checkpoint.kept_kind(stories) is None
     found = checkpoint.Adapter.load(adapter)
     assert found.quantize is None
     assert found.base_fingerprint == checkpoint.fingerprint(base)
