@@ -23,6 +23,7 @@ from lit_gpt.tokenizer import Tokenizer
 
 DAMPING = 0.01  # of the mean second moment, added to each input's: rows cannot tell inputs apart that go together
 AT_ONCE = 64  # inputs whose errors reach the later ones in one product
+WIDE_AT_ONCE = 4096  # tokens whose numbers are in float32
 
 
 @dataclass
@@ -56,8 +57,7 @@ def choose_codes(layer: Linear4bit, weight: torch.Tensor, moments: torch.Tensor)
 
     `moments` (in, in) are the sums of products of its inputs, float32. The weights of one input are rounded after those
     of another, the largest first; what that changes is made up for by the inputs still to come (algorithm 1 of the
-    paper, whose upper factor of the inverse is R^-1 for H = R R^T, R upper). Without inputs nothing is changed. Raises
-    torch.linalg.LinAlgError for moments that are not finite.
+    paper, whose upper factor of the inverse is R^-1 for H = R R^T, R upper). Without inputs nothing is changed.
     """
     if not bool(moments.any()):
         return
@@ -66,7 +66,7 @@ def choose_codes(layer: Linear4bit, weight: torch.Tensor, moments: torch.Tensor)
     scales = layer.scales().repeat_interleave(layer.block)[: weight.numel()].view(weight.shape)
     order = moments.diagonal().argsort(descending=True)
     left, scales = (matrix.float().t()[order].contiguous() for matrix in (weight, scales))  # (in, out)
-    passed_on = _passed_on(moments[order][:, order])
+    passed_on = _passed_on(moments[order[:, None], order])
     codes = torch.empty_like(left, dtype=torch.uint8)
     for begin in range(0, len(left), AT_ONCE):
         end = min(begin + AT_ONCE, len(left))
@@ -84,11 +84,20 @@ def choose_codes(layer: Linear4bit, weight: torch.Tensor, moments: torch.Tensor)
 
 def _passed_on(moments: torch.Tensor) -> torch.Tensor:
     """The upper factor of the inverse of the damped moments."""
-    damped = moments.clone()
+    damped = moments.flip(0, 1)
     damped.diagonal().add_(DAMPING * moments.diagonal().mean())
-    factor = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+    factor = torch.linalg.cholesky(damped).flip(0, 1)
     one = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
     return torch.linalg.solve_triangular(factor, one, upper=True)
+
+
+def second_moments(inputs: torch.Tensor) -> torch.Tensor:
+    """Sums of products of inputs (n, in) over the n, (in, in) float32."""
+    moments = torch.zeros(inputs.shape[1], inputs.shape[1], device=inputs.device)
+    for some in inputs.split(WIDE_AT_ONCE):
+        wide = some.float()
+        moments.addmm_(wide.t(), wide)
+    return moments
 
 
 def open_rows(checkpoint_dir: Path, data_dir: Path, n_tokens: int, seed: int) -> list[torch.Tensor]:
@@ -113,8 +122,9 @@ def calibrate(
     """Layers of a checkpoint in a 4-bit kind, by their weights' names, and how far off they are.
 
     One pass of the rows (T,), laid end to end, through the model: each layer is quantized when it is first used, so
-    that it sees what the quantized ones before it give. One block's weights are there at a time; `ran` is called after
-    each. Experts that no token goes to keep the nearest codes.
+    that it sees what the quantized ones before it give. One block's weights are there at a time, in `dtype`, from which
+    they are quantized; `ran` is called after each. Experts that no token goes to keep the nearest codes. Raises
+    ValueError where the rows make numbers that are not finite.
     """
     model = checkpoint.load_by_block(folder, dtype, ran, device=device)
     layers: dict[str, Linear4bit] = {}
@@ -128,19 +138,17 @@ def calibrate(
 
     def choose(name: str, linear: nn.Linear, inputs: tuple[torch.Tensor]) -> None:
         if not (seen and seen[0] is inputs[0]):
-            flat = inputs[0].flatten(0, -2).float()
-            seen[:] = inputs[0], flat.t() @ flat
+            seen[:] = inputs[0], second_moments(inputs[0].flatten(0, -2))
         weight, moments = linear.weight.detach(), seen[1]
+        if not bool(moments.isfinite().all()):
+            raise ValueError(f"{folder}: on these rows {name} is given numbers that are not finite in {dtype}")
         layer = nearest(weight)
         before = layer.dense(torch.float32)
-        try:
-            choose_codes(layer, weight, moments)
-        except torch.linalg.LinAlgError as error:
-            raise ValueError(f"{folder}: what {name} is given on these rows is no finite numbers ({error})") from error
+        choose_codes(layer, weight, moments)
         after = layer.dense(torch.float32)
         errors.add(weight.float(), moments, before, after)
         linear.weight.data = after.to(dtype)
-        layers[f"{name}.weight"] = layer
+        layers[f"{name}.weight"] = layer.cpu()
 
     names = [name for name, module in model.named_modules() if quantization.quantizable(name, module, kind)]
     for name in names:
@@ -166,13 +174,16 @@ def write(
     """Write `folder`, a complete checkpoint whose `lit_model.pth` holds the calibrated layers, all else as it was.
 
     A weight in 4 bits lies there as transformers saves it, under our names. `dtype` is what the rows are run in, by
-    default this machine's best. `progress` hears the blocks done and all.
-    Raises ValueError for a kind in which there is nothing to choose.
+    default this machine's best. `progress` hears the blocks done and all. Raises ValueError for a kind in which there
+    is nothing to choose, a source in 4 bits, or a folder that holds weights.
     """
     if kind == "bnb.int8" or kind.endswith(quantization.HEAD):
         raise ValueError(f"rows choose the 4-bit codes of the blocks' layers; --quantize {kind} has others")
-    if folder.resolve() == source_dir.resolve() or (folder.exists() and not folder.is_dir()):
-        raise ValueError(f"--out_dir {folder} must be another folder")
+    if kept := checkpoint.kept_kind(source_dir):
+        raise ValueError(f"{source_dir} is in 4 bits already ({kept}); take the full weights that it was made from")
+    if folder.is_file() or any(list(folder.glob(pattern)) for pattern, _ in files.WEIGHTS):
+        raise ValueError(f"--out_dir {folder} holds weights, and adapters may need them; name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)  # fails now, not after minutes
     weights = checkpoint.Weights.from_folder(source_dir)
     n_blocks, done = weights.config.n_layer, count(1)
     dtype, device = dtype or resolve_precision(None, training=False).frozen, device_of_this_machine()

@@ -42,7 +42,7 @@ def load_config(folder: Path, *, original: bool = False) -> Config:
             f"{folder} holds neither {files.LIT_CONFIG} nor {files.HF_CONFIG}; run scripts/download.py again"
         )
     hf_config = files.read_json(folder / files.HF_CONFIG)
-    if original or not (folder / files.LIT_MODEL).is_file():  # a converted file is plain, whatever it was made from
+    if original or not (folder / files.LIT_MODEL).is_file():  # what HF's config says is not of that file
         bnb.check_readable(folder, hf_config)
     try:
         config = read_hf_config(hf_config)
@@ -59,10 +59,11 @@ def open_folder(folder: Path, *, original: bool = False) -> TensorSource:
 
 
 def kept_kind(folder: Path) -> str | None:
-    """The 4-bit kind that most of a folder's layers are kept in already; None if none are, or there are no weights."""
-    if not any(list(folder.glob(pattern)) for pattern, _ in files.WEIGHTS):
+    """The 4-bit kind that most of a folder's layers are kept in already; None if none are, or weights are missing."""
+    try:
+        source = open_folder(folder)
+    except ValueError:  # said when they are loaded
         return None
-    source = open_folder(folder)
     kinds = Counter(state["kind"] for state in source.states.values()) if isinstance(source, bnb.FourBitSource) else {}
     return max(kinds, key=lambda kind: kinds[kind], default=None)
 
@@ -346,7 +347,7 @@ def unfreeze(model: GPT) -> None:
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise ValueError(
             f"{model.config.name} has weights in 4 bits, which cannot be trained: train an adapter with "
-            "finetune/lora.py, or make full weights with scripts/convert_hf_checkpoint.py"
+            "finetune/lora.py, or take the full model (scripts/convert_hf_checkpoint.py makes one of an HF folder)"
         )
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()

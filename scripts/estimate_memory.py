@@ -32,7 +32,7 @@ def main(
         checkpoint_dir: The model's folder; its config is enough.
         model_name: Instead of a folder: a known name, such as Llama-2-7b-hf (scripts/download.py lists them).
         precision: As finetune/lora.py's; bf16-mixed by default.
-        quantize: As finetune/lora.py's; by default as the folder's weights are.
+        quantize: As finetune/lora.py's; by default what the folder's weights are kept in.
         micro_batch_size: Rows that are worked on at a time.
         max_seq_length: Tokens of the longest row, and of the prompt for inference.
         full: Train every weight instead of LoRA's factors.
@@ -61,8 +61,9 @@ def main(
     adapter = None if full else lora.LoRASettings.from_flags(lora_r, lora_r * 2, 0.05, **targets)
     kind = runtime.resolve_precision(precision or "bf16-mixed", training=True)
     rows = (min(max_seq_length, config.block_size),) * micro_batch_size
-    kept = checkpoint.kept_kind(checkpoint_dir) if checkpoint_dir and adapter else None
-    bits = quantization.resolve(quantize) or kept
+    bits = quantization.resolve(quantize)
+    if checkpoint_dir and adapter and not bits:
+        bits = checkpoint.kept_kind(checkpoint_dir)
     limit = memory.parse_size(memory_limit) if memory_limit else None
     setting = memory.Setting(kind, bits, adapter, rows, activation_checkpointing, optimizer, device)
     plan = memory.plan_training(config, setting)

@@ -7,10 +7,11 @@ import pytest
 import torch
 import transformers
 from conftest import load_script, run_script
+from safetensors.torch import load_file
 from torch import nn
 from twins import make_twin
 
-from lit_gpt import calibration, checkpoint, files, quantization
+from lit_gpt import calibration, checkpoint, files, memory, quantization, surgery
 from lit_gpt.args import EvalArgs, TrainArgs
 from lit_gpt.quantization import Linear4bit
 
@@ -120,38 +121,57 @@ def test_experts_that_no_token_goes_to_keep_the_nearest_codes(tmp_path: Path) ->
     assert not all(experts.values())
 
 
-def test_from_rows_to_a_merged_adapter(stories: Path, prepared: Path, tmp_path: Path) -> None:
-    base, out, adapter = tmp_path / "base", tmp_path / "out", tmp_path / "out" / files.ADAPTER
+def test_from_rows_to_a_merged_adapter(
+    stories: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, base, out, adapter = (tmp_path / name for name in ("full", "base", "out", f"out/{files.ADAPTER}"))
+    shutil.copytree(stories, full)
+    plain = {name: tensor.bfloat16() for name, tensor in files.load_dict(full / files.LIT_MODEL).items()}
+    files.save(full / files.LIT_MODEL, plain)
     said = run_script(
-        *("scripts/quantize_checkpoint", "--checkpoint_dir", stories, "--quantize", "bnb.nf4"),
+        *("scripts/quantize_checkpoint", "--checkpoint_dir", full, "--quantize", "bnb.nf4"),
         *("--data_dir", prepared, "--out_dir", base),
     ).stdout
     assert "% with the nearest codes" in said
+    planned, plan = [], memory.plan_training
+    monkeypatch.setattr(
+        memory, "plan_training", lambda config, setting: planned.append(setting) or plan(config, setting)
+    )
     figures = {"interval": 0, "max_new_tokens": 0}
     load_script("finetune/lora").main(
         data_dir=prepared,
         checkpoint_dir=base,
         out_dir=out,
         precision="32-true",
-        train=TrainArgs(max_steps=2, global_batch_size=4),
+        train=TrainArgs(max_steps=3, global_batch_size=4, learning_rate=0.05, lr_warmup_steps=0),
         eval=EvalArgs(**figures),
     )
-    assert checkpoint.kept_kind(base) == "bnb.nf4"
-    assert checkpoint.kept_kind(stories) is None
+    estimate = load_script("scripts/estimate_memory").main
+    for folder, kind in ((base, None), (base, "bnb.fp4"), (full, None)):
+        estimate(checkpoint_dir=folder, quantize=kind)
+    assert [setting.quantize for setting in planned] == ["bnb.nf4", "bnb.nf4", "bnb.fp4", None]
     found = checkpoint.Adapter.load(adapter)
     assert found.quantize is None
     assert found.base_fingerprint == checkpoint.fingerprint(base)
     merge = ("scripts/merge_lora", "--lora_path", adapter, "--out_dir", tmp_path / "merged", "--checkpoint_dir")
-    assert run_script(*merge, stories, check=False).returncode  # another base
+    assert run_script(*merge, full, check=False).returncode  # another base
     run_script(*merge, base)
-    merged = files.load_dict(tmp_path / "merged" / files.LIT_MODEL)
-    assert {tensor.dtype for tensor in merged.values()} == {torch.float32}
-    run_script(
-        "scripts/convert_lit_checkpoint", "--checkpoint_path", base, "--output_path", tmp_path / "hf"
-    )  # full weights for transformers, with the numbers that ours computes with
+    # Full weights for transformers, rounded to what the full model is in, as ours computes with them in that precision.
+    run_script("scripts/convert_lit_checkpoint", "--checkpoint_path", base, "--output_path", tmp_path / "hf")
+    merged, exported = (
+        files.load_dict(tmp_path / "merged" / files.LIT_MODEL),
+        load_file(tmp_path / "hf" / "model.safetensors"),
+    )
+    assert {tensor.dtype for tensor in (*merged.values(), *exported.values())} == {torch.bfloat16}
     tokens = torch.arange(1, 30)[None]
+    model = checkpoint.load_model(base, torch.float32)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear4bit):
+            rounded = module.dense(torch.bfloat16).float()
+            surgery.put(model, name, nn.Linear(*rounded.shape[::-1], bias=False))
+            model.get_submodule(name).weight = nn.Parameter(rounded)
     with torch.no_grad():
-        ours = checkpoint.load_model(base, torch.float32)(tokens)
+        ours = model(tokens)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)(tokens).logits
     torch.testing.assert_close(ours, theirs, atol=1e-4 * float(theirs.std()), rtol=0)
 
@@ -164,7 +184,8 @@ def test_from_rows_to_a_merged_adapter(stories: Path, prepared: Path, tmp_path: 
         ({"out_dir": None}, "go together"),
         ({"data_dir": None}, "go together"),
         ({"calibration_tokens": 0}, "at least 1"),
-        ({"same": True}, "another folder"),
+        ({"same": True}, "holds weights"),
+        ({"base": "fitted"}, "in 4 bits already"),
     ],
 )
 def test_what_cannot_be_is_said(flags: dict, problem: str, stories: Path, prepared: Path, tmp_path: Path) -> None:
@@ -172,5 +193,8 @@ def test_what_cannot_be_is_said(flags: dict, problem: str, stories: Path, prepar
     told = {"checkpoint_dir": tmp_path / "m", "data_dir": prepared, "out_dir": tmp_path / "out", **flags}
     if told.pop("same", False):
         told["out_dir"] = tmp_path / "m"
+    if told.pop("base", None):
+        calibration.write(tmp_path / "m", "bnb.fp4", [torch.arange(1, 9)], tmp_path / "fitted")
+        told["checkpoint_dir"] = tmp_path / "fitted"
     with pytest.raises(ValueError, match=problem):
         load_script("scripts/quantize_checkpoint").main(**told)

@@ -31,7 +31,7 @@ def parts(name: str, layer: Linear4bit, dtype: torch.dtype) -> dict[str, torch.T
     state = {
         "quant_type": layer.levels,
         "blocksize": layer.block,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": next((name for name, known in DTYPES.items() if known == dtype), "float32"),
         "shape": [layer.out_features, layer.in_features],
     }
     found = {name: layer.weight.detach(), f"{name}.absmax": layer.get_buffer("absmax"), f"{name}.quant_map": layer.code}

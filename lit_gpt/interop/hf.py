@@ -33,6 +33,10 @@ def export(
         raise ValueError(f"{folder} holds no {files.LIT_MODEL}: it is an HF folder already")
     weights = Weights(source, checkpoint.load_config(folder))
     total, done = sum(meta.nbytes for meta in weights.metas.values()), 0
+
+    def read(name: str) -> torch.Tensor:  # 4-bit weights come in float32
+        return source.read(name).to(weights.metas[name].dtype)
+
     written: list[Path] = []
     names: dict[str, int] = {}
 
@@ -40,7 +44,7 @@ def export(
         shard: dict[str, torch.Tensor] = {}
         size = 0
         for step in FAMILIES[weights.config.family].steps(weights.config, weights.metas):
-            tensor = step.via.join(weights.config, tuple(source.read(name) for name in step.ours)).contiguous()
+            tensor = step.via.join(weights.config, tuple(read(name) for name in step.ours)).contiguous()
             if shard and size + tensor.nbytes > max_shard_gb * 1e9:
                 yield shard
                 shard, size = {}, 0
