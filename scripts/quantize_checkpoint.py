@@ -26,8 +26,8 @@ def main(
         quantize: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8, with +head for the output head too.
         data_dir: Prepared rows like those that the model will see; its training rows are taken.
         out_dir: The folder to write.
-        calibration_tokens: With --data_dir: tokens to look at; more take longer, more memory, and fit better.
-        seed: With --data_dir: of the choice of rows.
+        calibration_tokens: Tokens of DATA_DIR to look at; more take longer, more memory, and fit better.
+        seed: Of the choice among the rows of DATA_DIR.
     """
     from lit_gpt import checkpoint, quantization
     from lit_gpt.report import Progress
