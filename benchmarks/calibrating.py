@@ -1,6 +1,6 @@
 """The loss of held-out rows with a base in 16 bits, in nf4 with the nearest codes, and with codes fitted to rows.
 
-Usage: python benchmarks/calibrating.py CHECKPOINT DATA [OTHER_DATA]   (SmolLM2 on two cores: three to ten minutes)
+Usage: python benchmarks/calibrating.py CHECKPOINT DATA [OTHER_DATA]   (SmolLM2 on two cores, AVX2: eleven minutes)
 DATA and OTHER_DATA are prepared sets; the codes are fitted to the training rows of DATA. Nothing is trained.
 """
 

@@ -12,6 +12,7 @@ import torch
 from convert_7b import timed
 
 from lit_gpt import checkpoint, lora, merging
+from lit_gpt.adapter import Adapter
 
 SETTINGS = lora.LoRASettings()
 
@@ -23,14 +24,14 @@ def make_adapter(folder: Path, path: Path) -> None:
         state[f"{name}.lora_A"] = torch.randn(SETTINGS.r, layer.in_features) * 0.02
         state[f"{name}.lora_B"] = torch.randn(layer.out_features, SETTINGS.r) * 0.02
     told = (folder.name, checkpoint.fingerprint(folder), "plain", "bf16-true", None, 1)
-    checkpoint.Adapter(state, SETTINGS, *told).save(path)
+    Adapter(state, SETTINGS, *told).save(path)
 
 
 def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "checkpoints/benchmark/random-7b")
     adapter, merged, copy = (folder.parent / name for name in ("adapter.pth", "merged", "copy"))
     if sys.argv[2:] == ["only"]:
-        merging.merge_folder(folder, checkpoint.Adapter.load(adapter), merged)
+        merging.merge_folder(folder, Adapter.load(adapter), merged)
         return
     if not folder.exists():
         subprocess.run([sys.executable, Path(__file__).with_name("convert_7b.py"), str(folder), "make"], check=True)

@@ -64,6 +64,7 @@ def main(
     settings = dict(locals())  # what --config reads back
 
     from lit_gpt import checkpoint, lora, quantization, runtime
+    from lit_gpt.adapter import Adapter
     from lit_gpt.finetuning import Job
     from lit_gpt.training import Run
 
@@ -80,7 +81,7 @@ def main(
     def save(path: Path, run: Run) -> None:
         base = {"base_name": model.config.name, "base_fingerprint": job.base_fingerprint}
         told = {"prompt_style": job.meta["prompt_style"], "precision": kind.name, "quantize": bits, "step": run.step}
-        checkpoint.Adapter(lora.adapter_state(model), adapter, **base, **told).save(path)
+        Adapter(lora.adapter_state(model), adapter, **base, **told).save(path)
 
     job.run(fabric, model, save, checkpoint.files.ADAPTER)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from lit_gpt import checkpoint, decoding, quantization
-from lit_gpt.checkpoint import Adapter
+from lit_gpt.adapter import Adapter
 from lit_gpt.generation import generate
 from lit_gpt.model import GPT
 from lit_gpt.report import Progress

@@ -133,6 +133,7 @@ class _Update(torch.autograd.Function):
             d_b = (flat.t() @ low).float().mul_(ctx.scaling)
             d_a = (d_low.t() @ products.widened(seen.flatten(0, -2))).float().div_(1 - ctx.p)
             if ctx.needs_input_grad[1]:
+                # A float32 product lies in memory that is found again once it is freed.
                 d_x = d_low @ a_used if d_low.dtype == x.dtype else products.linear_backward(d_low, a_used)
                 d_x = products.copied(d_x, x.dtype).view(x.shape)
                 d_x = d_x if drawn is None else ops.dropped(d_x, drawn, ctx.p, inplace=True)

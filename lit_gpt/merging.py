@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from lit_gpt import checkpoint, files, lora
-from lit_gpt.checkpoint import Adapter, Weights
+from lit_gpt.adapter import Adapter
+from lit_gpt.checkpoint import Weights
 from lit_gpt.data import open_prepared
 from lit_gpt.model import GPT
 from lit_gpt.prompts import get_style

@@ -33,13 +33,14 @@ def main(
     import torch
 
     from lit_gpt import checkpoint, merging, runtime
+    from lit_gpt.adapter import Adapter
     from lit_gpt.report import Progress, table
 
     if out_dir.resolve() == checkpoint_dir.resolve():
         raise ValueError("--out_dir is the base's own folder, which must stay as it is; name another")
     if out_dir.exists() and not out_dir.is_dir():
         raise ValueError(f"--out_dir {out_dir} is a file; name a folder")
-    adapter = checkpoint.Adapter.load(lora_path)
+    adapter = Adapter.load(lora_path)
     adapter.check_base(checkpoint_dir, lora_path)
     base = base or ("dequantized" if adapter.quantize else "original")
     if base == "dequantized" and adapter.quantize is None:

@@ -12,6 +12,7 @@ from torch import nn
 from twins import make_twin
 
 from lit_gpt import calibration, checkpoint, files, memory, quantization, surgery
+from lit_gpt.adapter import Adapter
 from lit_gpt.args import EvalArgs, TrainArgs
 from lit_gpt.quantization import Linear4bit
 
@@ -150,7 +151,7 @@ def test_from_rows_to_a_merged_adapter(
     for folder, kind in ((base, None), (base, "bnb.fp4"), (full, None)):
         estimate(checkpoint_dir=folder, quantize=kind)
     assert [setting.quantize for setting in planned] == ["bnb.nf4", "bnb.nf4", "bnb.fp4", None]
-    found = checkpoint.Adapter.load(adapter)
+    found = Adapter.load(adapter)
     assert found.quantize is None
     assert found.base_fingerprint == checkpoint.fingerprint(base)
     merge = ("scripts/merge_lora", "--lora_path", adapter, "--out_dir", tmp_path / "merged", "--checkpoint_dir")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from twins import make_twin
 
 from lit_gpt import checkpoint, files
-from lit_gpt.checkpoint import Adapter
+from lit_gpt.adapter import Adapter
 from lit_gpt.config import Config
 from lit_gpt.files import FolderSource
 from lit_gpt.lora import LoRASettings

@@ -12,6 +12,7 @@ from conftest import load_script
 from twins import make_twin
 
 from lit_gpt import attention, checkpoint, lora, memory, optimizers, quantization, runtime
+from lit_gpt.adapter import Adapter
 from lit_gpt.args import EvalArgs, TrainArgs
 from lit_gpt.cache import KVCache
 from lit_gpt.config import Config
@@ -136,7 +137,7 @@ def test_training_works_with_every_kind_and_precision(
     # This model has 260,032 parameters, in which 4 bits are felt.
     for figure in ("train_loss", "val_loss"):
         assert told[figure] == pytest.approx(exact_run[figure], rel=0.1 if coarse else 0.02)
-    assert checkpoint.Adapter.load(tmp_path / "lit_model_lora_finetuned.pth").quantize == kind
+    assert Adapter.load(tmp_path / "lit_model_lora_finetuned.pth").quantize == kind
 
 
 @pytest.mark.parametrize("name", optimizers.STATE_BYTES)

@@ -31,8 +31,8 @@ from safetensors.torch import load_file, save_file
 from test_gguf import write_gguf
 
 from lit_gpt import checkpoint, cli, data, files, lora
+from lit_gpt.adapter import Adapter
 from lit_gpt.args import EvalArgs, TrainArgs
-from lit_gpt.checkpoint import Adapter
 from lit_gpt.config import Config
 from lit_gpt.finetuning import plain, to_yaml
 from lit_gpt.interop.gguf import open_gguf

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, load_script, run_script
 
 from lit_gpt import checkpoint, files, finetuning, memory, ops, runtime
+from lit_gpt.adapter import Adapter
 from lit_gpt.args import TrainArgs
 from lit_gpt.config import Config
 from lit_gpt.data import PreparedSet
@@ -212,7 +213,7 @@ def test_a_rehearsal_is_where_memory_may_be_short_and_changes_nothing(
     for out in ("with plenty", "with little"):
         train = TrainArgs(global_batch_size=4, micro_batch_size=2, max_steps=2)
         load_script("finetune/lora").main(prepared, stories, tmp_path / out, train=train)
-        adapters.append(checkpoint.Adapter.load(tmp_path / out / files.ADAPTER).state)
+        adapters.append(Adapter.load(tmp_path / out / files.ADAPTER).state)
         little_memory(stories, monkeypatch)
     torch.testing.assert_close(*adapters, rtol=0, atol=0)
     longest = PreparedSet(prepared / "train.pt", mask_inputs=True, max_length=512).n_longest(2)

@@ -16,8 +16,8 @@ from torch import nn
 from twins import make_twin
 
 from lit_gpt import checkpoint, files, quantization
+from lit_gpt.adapter import Adapter
 from lit_gpt.args import EvalArgs, TrainArgs
-from lit_gpt.checkpoint import Adapter
 from lit_gpt.inference import Assistant
 from lit_gpt.interop.bnb import FourBitSource
 from lit_gpt.model import Linear

@@ -9,8 +9,8 @@ from conftest import STORIES, load_script, run_script
 from twins import make_twin
 
 from lit_gpt import checkpoint, files, lora, products, quantization
+from lit_gpt.adapter import Adapter
 from lit_gpt.args import EvalArgs, TrainArgs
-from lit_gpt.checkpoint import Adapter
 from lit_gpt.inference import Assistant
 from lit_gpt.kernels import four_bits
 from lit_gpt.lora import LoRASettings

@@ -21,6 +21,7 @@ import torch
 from conftest import ROOT, load_script, run_script
 
 from lit_gpt import checkpoint, files, lora, optimizers, resume, runtime
+from lit_gpt.adapter import Adapter
 from lit_gpt.args import EvalArgs, TrainArgs
 from lit_gpt.data import PreparedSet
 from lit_gpt.training import step_rows, train_step
@@ -333,9 +334,9 @@ def test_the_last_checkpoints_and_the_best_are_kept(stories: Path, prepared: Pat
     train("lora", tmp_path, stories, prepared, **how, eval=EvalArgs(interval=1, max_new_tokens=0))
     losses = {int(row["step"]): float(row["val_loss"]) for row in rows(tmp_path) if row["val_loss"]}
     losses[12] = json.loads((tmp_path / files.REPORT).read_text())["val_loss"]
-    best = checkpoint.Adapter.load(tmp_path / files.BEST)
+    best = Adapter.load(tmp_path / files.BEST)
     assert best.step == min(losses, key=lambda step: losses[step]) < 12
-    assert [checkpoint.Adapter.load(path).step for path in sorted(tmp_path.glob("iter-*"))] == [6, 8, 10]
+    assert [Adapter.load(path).step for path in sorted(tmp_path.glob("iter-*"))] == [6, 8, 10]
 
 
 # --- who may write ---------------------------------------------------------------------------------------------------

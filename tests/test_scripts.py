@@ -10,8 +10,8 @@ import torch
 from conftest import ROOT, ROWS, STORIES, load_script, run_script
 
 from lit_gpt import checkpoint, lora, merging, training
+from lit_gpt.adapter import Adapter
 from lit_gpt.args import EvalArgs, TrainArgs
-from lit_gpt.checkpoint import Adapter
 from lit_gpt.lora import LoRASettings
 
 # Losses of the first five steps on this data; they change only if the arithmetic, the order or the prompt does.

@@ -23,7 +23,7 @@ from test_fuzz import READERS, TINY, adapter, prepared, quantized, read_quantize
 from test_gguf import write_gguf
 
 from lit_gpt import checkpoint, cli, data, files, lora, merging, resume
-from lit_gpt.checkpoint import Adapter
+from lit_gpt.adapter import Adapter
 from lit_gpt.config import ROPE_NEEDS, Activation, Config
 from lit_gpt.files import FolderSource
 from lit_gpt.interop.gguf import open_gguf
