@@ -11,7 +11,7 @@ import torch
 from conftest import load_script
 from twins import make_twin
 
-from lit_gpt import attention, checkpoint, lora, memory, optimizers, quantization, runtime
+from lit_gpt import attention, calibration, checkpoint, lora, memory, optimizers, quantization, runtime
 from lit_gpt.adapter import Adapter
 from lit_gpt.args import EvalArgs, TrainArgs
 from lit_gpt.cache import KVCache
@@ -104,6 +104,19 @@ def test_quantized_layers_are_the_cpus(kind: str, shape: tuple[int, int], dtype:
     exact = here.dense(dtype).double()
     for mine, true in ((y, x.double() @ exact.t()), (x.grad, grad.double() @ exact)):
         assert float((mine.double() - true).norm() / true.norm()) < {torch.float32: 1e-6}.get(dtype, 4e-3)
+
+
+def test_codes_fitted_to_rows_are_as_near_as_the_cpus(tmp_path: Path) -> None:
+    make_twin("llama-grouped", tmp_path)
+    rows = list(torch.randint(1, 101, (600,), generator=torch.Generator().manual_seed(3)).split(60))
+    how = tmp_path, "bnb.nf4", rows, torch.float32
+    (here, errors), (there, expected) = (calibration.calibrate(*how, device) for device in (GPU, "cpu"))
+    assert here.keys() == there.keys()
+    # Sums are rounded otherwise, so one of two codes that are as near may be the other, which all later layers see.
+    for mine, other in ((errors.chosen, expected.chosen), (errors.nearest, expected.nearest)):
+        assert mine == pytest.approx(other, rel=0.05)
+    first, same = (layers["transformer.h.0.attn.q.weight"] for layers in (here, there))
+    assert float((first.weight == same.weight).double().mean()) > 0.99
 
 
 def finetune(stories: Path, prepared: Path, out: Path, precision: str | None, kind: str | None, **more: object) -> dict:
