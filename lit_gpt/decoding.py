@@ -122,9 +122,22 @@ class DecodeBlock(nn.Module):
             and all(_plain(norm) for norm in _norms(block))
         )
 
-    def forward(self, x: torch.Tensor, rotations: Rotations, layout: Layout, cache: KVCache | None) -> torch.Tensor:
-        if cache is None or x.shape[1] != 1 or x.dtype != torch.bfloat16 or torch.is_grad_enabled():
-            return self.block(x, rotations, layout, cache)
+    def forward(
+        self,
+        x: torch.Tensor,
+        rotations: Rotations,
+        layout: Layout,
+        cache: KVCache | None,
+        where: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if (
+            cache is None
+            or where is not None
+            or x.shape[1] != 1
+            or x.dtype != torch.bfloat16
+            or torch.is_grad_enabled()
+        ):
+            return self.block(x, rotations, layout, cache, where)
         heads, groups, size = self.as_c.heads, self.as_c.groups, self.as_c.size
         keys, values = cache.stores(self.block.attn.layer, (groups, size, size), x)
         if len(x) == 1 and cache.capacity <= one_call.LONGEST:

@@ -184,21 +184,22 @@ class LitGPT(TemplateLM):
             lengths.append(len(tokens) - begin)
         ids, at, branch_of = torch.tensor([tokens, positions, branches], device=self.assistant.device)[:, None]
         layout = Layout(at, max(positions) + 1, lengths, branch_of if any(branches) else None)
-        x = self.model.transformer(ids, layout=layout)[0]
-        return self._compared(x, asked, [wanted for item in items for _, _, wanted in item])
+        places, row_of = torch.tensor(asked, device=ids.device).unique(return_inverse=True)  # answers share some
+        x = self.model.transformer(ids, layout=layout, where=places)
+        return self._compared(x, row_of, [wanted for item in items for _, _, wanted in item])
 
     def _compared(
-        self, x: torch.Tensor, asked: Sequence[int], answers: Sequence[list[int]]
+        self, x: torch.Tensor, row_of: torch.Tensor, answers: Sequence[list[int]]
     ) -> list[tuple[float, bool]]:
-        """Each answer's log probability, and whether it is the likeliest; `asked` are the places in x of its states.
+        """Each answer's log probability, and whether it is the likeliest.
 
-        Answers share places, whose logits are made once; of a few hundred at a time: more would not stay in a cache.
+        `row_of` tells of each token of the answers which state of x (n, C) it follows. Logits are made of a few hundred
+        at a time: more would not stay in a cache.
         """
         wanted = torch.tensor([token for answer in answers for token in answer], device=x.device)
-        places, row_of = torch.tensor(asked, device=x.device).unique(return_inverse=True)
         losses, likeliest = torch.empty(len(wanted), device=x.device), torch.empty_like(wanted)
-        for start in range(0, len(places), AT_ONCE):
-            logits = self.model.head(x[places[start : start + AT_ONCE]])
+        for start in range(0, len(x), AT_ONCE):
+            logits = self.model.head(x[start : start + AT_ONCE])
             best = greedy(logits)
             least = ops.cross_entropy(logits, best, False)[0]
             here = ((row_of >= start) & (row_of < start + AT_ONCE)).nonzero()[:, 0]

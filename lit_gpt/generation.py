@@ -67,10 +67,10 @@ def prefill(model: GPT, prompts: Sequence[Sequence[int]], cache: KVCache, device
     tokens = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
-    x = model.transformer(tokens.to(device), None, cache)
+    last = torch.arange(len(prompts)) * tokens.shape[1] + torch.tensor(lengths) - 1
+    x = model.transformer(tokens.to(device), None, cache, where=last.to(device))
     cache.truncate(lengths)
-    last = torch.tensor(lengths, device=device) - 1
-    return model.head(x[torch.arange(len(prompts), device=device), last])
+    return model.head(x)
 
 
 @torch.inference_mode()

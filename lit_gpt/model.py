@@ -49,13 +49,13 @@ class GPT(nn.Module):
         `lengths` says that one row (1, T) holds several sequences end to end. With `cache`, the tokens follow those
         that it holds, and are stored in it.
         """
-        x = self.transformer(tokens, lengths, cache)
         if labels is None:
-            return self.head(x)
+            return self.head(self.transformer(tokens, lengths, cache))
         trained = [p for p in self.lm_head.parameters() if p.requires_grad]
         if where is None:
             where = (labels != IGNORE_INDEX).flatten().nonzero()[:, 0]
-        return ops.head_loss(self.head, trained, x, labels, where)
+        x = self.transformer(tokens, lengths, cache, where=where)
+        return ops.head_loss(self.head, trained, x, labels.flatten()[where])
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (..., V) of a state (..., C)."""
@@ -84,8 +84,13 @@ class Transformer(nn.Module):
         lengths: Sequence[int] | None = None,
         cache: KVCache | None = None,
         layout: Layout | None = None,
+        where: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The state (B, T, C) that the head reads; arguments as `GPT.forward`'s, or `layout` in their place."""
+        """The state (B, T, C) that the head reads; arguments as `GPT.forward`'s, or `layout` in their place.
+
+        With `where` (n,) only the states (n, C) of those of the B * T positions, each named once: once the last block's
+        attention has looked at the others, nothing more depends on them.
+        """
         layout = layout or Layout.of(tokens, lengths)
         if cache is not None:
             positions = cache.positions(tokens.shape[1]).to(tokens.device)
@@ -98,8 +103,9 @@ class Transformer(nn.Module):
         if self.config.embedding_scale != 1.0:
             x = x * torch.tensor(self.config.embedding_scale, dtype=dtype)  # rounded as in training
         rotations = self._rotations(layout, dtype)
+        last = self.h[-1]
         for block in self.h:
-            x = block(x, rotations, layout, cache)
+            x = block(x, rotations, layout, cache, where if block is last else None)
         if cache is not None:
             cache.advance(tokens.shape[1])
         return self.ln_f(x)
@@ -120,6 +126,11 @@ class Transformer(nn.Module):
         return rotations
 
 
+def at(x: torch.Tensor, where: torch.Tensor | None) -> torch.Tensor:
+    """x (B, T, C) itself, or its numbers (n, C) at `where`."""
+    return x if where is None else x.flatten(0, 1).index_select(0, where)
+
+
 class Block(nn.Module):
     """Attention and MLP, each added to the residual stream; the norms stand before, after, or on both sides."""
 
@@ -136,13 +147,21 @@ class Block(nn.Module):
         self.post_norm_2 = make_norm(config, config.n_embd) if after else nn.Identity()
         self.shared_norm = config.shared_norm
 
-    def forward(self, x: torch.Tensor, rotations: Rotations, layout: Layout, cache: KVCache | None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        rotations: Rotations,
+        layout: Layout,
+        cache: KVCache | None,
+        where: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         normed = self.norm_1(x)
-        attended = self.post_norm_1(self.attn(normed, rotations, layout, cache))
+        attended = self.post_norm_1(self.attn(normed, rotations, layout, cache, where))
+        x = at(x, where)
         if not self.parallel:
             x = ops.residual(x, attended, self.residual_scale)
             return ops.residual(x, self.post_norm_2(self.mlp(self.norm_2(x))), self.residual_scale)
-        second = normed if self.shared_norm else self.norm_2(x)
+        second = at(normed, where) if self.shared_norm else self.norm_2(x)
         return x + (attended + self.post_norm_2(self.mlp(second))) * self.residual_scale
 
 
@@ -162,7 +181,14 @@ class Attention(nn.Module):
             self.norm_q = make_norm(config, config.head_size if per_head else width)
             self.norm_k = make_norm(config, config.head_size if per_head else kv_width)
 
-    def forward(self, x: torch.Tensor, rotations: Rotations, layout: Layout, cache: KVCache | None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        rotations: Rotations,
+        layout: Layout,
+        cache: KVCache | None,
+        where: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         config = self.config
         q, k, v = self.q(x), self.k(x), self.v(x)
         if config.qk_norm == "all":
@@ -181,7 +207,7 @@ class Attention(nn.Module):
         y = attention.attend(
             q, k.to(q.dtype), v, scale=config.scale, layout=layout, window=window, softcap=config.attention_softcap
         )
-        return self.proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
+        return self.proj(at(y.transpose(1, 2).flatten(2), where))  # (B, T, C), or (n, C)
 
 
 class Linear(nn.Linear):

@@ -243,17 +243,14 @@ def head_loss(
     parameters: Sequence[torch.Tensor],
     x: torch.Tensor,
     labels: torch.Tensor,
-    where: torch.Tensor,
     *,
     chunk: int = 256,
 ) -> torch.Tensor:
-    """Sum over the labelled positions of the cross entropy of `head(x)`; a float32 scalar.
+    """Sum of the cross entropies of `head(x)`, x (n, C), with labels (n,); a float32 scalar.
 
-    x is (B, T, C), labels (B, T), `where` (n,) the labelled ones of the B * T positions. The others are dropped before
-    the vocabulary product, and only `chunk` rows of logits exist at a time: their gradient is taken within the forward
-    pass and kept instead of them. `parameters` are the trainable tensors inside `head`.
+    Only `chunk` rows of logits exist at a time: their gradient is taken within the forward pass and kept instead of
+    them. `parameters` are the trainable tensors inside `head`.
     """
-    x, labels = x.flatten(0, 1)[where], labels.flatten()[where]
     needed = [torch.is_grad_enabled() and t.requires_grad for t in (x, *parameters)]
     return _HeadLoss.apply(head, chunk, needed, labels, x, *parameters)
 

@@ -92,8 +92,9 @@ def test_prompts_of_different_length_continue_as_if_alone(tmp_path: Path) -> Non
     assert len(together[1]) < 12
 
 
-def test_loss_is_the_sum_over_labelled_positions(tmp_path: Path) -> None:
-    make_twin("llama", tmp_path)
+@pytest.mark.parametrize("name", ["llama", "falcon-7b", "neox", "gemma2", "mixtral"])
+def test_loss_is_the_sum_over_labelled_positions(name: str, tmp_path: Path) -> None:
+    make_twin(name, tmp_path)
     model = checkpoint.load_model(tmp_path, torch.float32)
     checkpoint.unfreeze(model)
     tokens, labels = torch.randint(0, 101, (2, 300 // 5)), torch.randint(0, 101, (2, 60))
@@ -104,6 +105,16 @@ def test_loss_is_the_sum_over_labelled_positions(tmp_path: Path) -> None:
     torch.testing.assert_close(loss, reference)
     for got, want in zip(torch.autograd.grad(loss, list(model.parameters())), expected, strict=True):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", TWINS)
+@torch.no_grad()
+def test_states_that_are_asked_for_are_those_of_the_whole(name: str, tmp_path: Path) -> None:
+    make_twin(name, tmp_path)
+    model = checkpoint.load_model(tmp_path, torch.float32).eval()
+    tokens, where = torch.randint(0, 101, (2, 20)), torch.tensor([0, 7, 19, 30, 39])
+    expected = model.transformer(tokens).flatten(0, 1)[where]
+    torch.testing.assert_close(model.transformer(tokens, where=where), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_nothing_labelled_costs_nothing(tmp_path: Path) -> None:
