@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, load_script, run_script
+from twins import make_twin
 
 from lit_gpt import checkpoint, files, finetuning, memory, ops, runtime
 from lit_gpt.adapter import Adapter
@@ -20,6 +21,7 @@ from lit_gpt.memory import Ledger, Setting
 
 BF16, MIXED, FULL = (runtime.PRECISIONS[name] for name in ("bf16-true", "bf16-mixed", "32-true"))
 SMALL = Config(n_layer=5, n_head=4, n_embd=128, intermediate_size=256, vocab_size=512, block_size=256)
+EXPERTS = replace(SMALL, n_expert=4, n_expert_per_token=2, expert_size=128)
 
 
 def test_the_ledger_counts_what_lives_together() -> None:
@@ -80,6 +82,15 @@ def test_shallow_models_tell_of_deep_ones(config: Config, setting: Setting) -> N
             assert quick.parts[part] == pytest.approx(size, rel=0.01)
 
 
+@pytest.mark.parametrize("name", "mixtral qwen3-moe gemma2 falcon-7b gpt2 phi3-longrope stablelm-parallel".split())
+def test_every_family_is_planned(name: str, tmp_path: Path) -> None:
+    make_twin(name, tmp_path)
+    config, setting = checkpoint.load_config(tmp_path), Setting(BF16, rows=(40,), device="cpu")
+    n_parameters = sum(meta.numel() for meta in checkpoint.parameter_metas(checkpoint.hollow(config)).values())
+    for plan in (memory.plan_training(config, setting), memory.plan_inference(config, setting, 10)):
+        assert plan.parts["weights"] == pytest.approx(2 * n_parameters, rel=0.2)
+
+
 def test_a_program_that_grows_while_it_plans_is_not_drawn_out_with_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = itertools.count(10**9, 10**8)
     monkeypatch.setattr(memory.runtime, "resident_bytes", lambda: next(sizes))
@@ -87,20 +98,21 @@ def test_a_program_that_grows_while_it_plans_is_not_drawn_out_with_the_layers(mo
     assert plan.parts["program"] <= next(sizes) + memory.MOST_CPU_HOLES
 
 
-def test_a_real_step_on_this_machine_holds_what_was_planned() -> None:
+@pytest.mark.parametrize("config", [SMALL, EXPERTS], ids=["dense", "experts"])
+def test_a_real_step_on_this_machine_holds_what_was_planned(config: Config) -> None:
     """The same ledger around real tensors, which nobody has told what the plan said."""
     from lit_gpt import lora
     from lit_gpt.model import GPT
 
     setting = Setting(FULL, rows=(100, 80), device="cpu")
-    planned = memory.plan_training(SMALL, setting).parts
-    with Ledger(SMALL.vocab_size) as ledger:
+    planned = memory.plan_training(config, setting).parts
+    with Ledger(config.vocab_size) as ledger:
         ledger.part = "model"
-        model = GPT(SMALL)
+        model = GPT(config)
         lora.attach(model, setting.lora or LoRASettings())
         ledger.part = "activations"
         ledger.peak.clear()
-        tokens = torch.zeros(1, 178, dtype=torch.long)
+        tokens = torch.randint(config.vocab_size, (1, 178))
         model(tokens, labels=tokens, where=torch.arange(178), lengths=(99, 79)).backward()
     real = sum(size for part, size in ledger.peak.items() if part != "model")
     assert planned["activations"] + planned.get("logits", 0) == pytest.approx(real, rel=0.02)
