@@ -232,8 +232,13 @@ def test_wrong_arguments_are_refused_by_name(wrong: dict) -> None:
         TrainArgs(**wrong)
 
 
-@pytest.mark.parametrize("name", ["stories", pytest.param("mixtral", marks=pytest.mark.slow)])
-def test_two_devices_train_as_one(name: str, stories: Path, prepared: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "rate", "flags"),
+    [("stories", 0.01, ()), pytest.param("mixtral", 0.001, ("--lora_mlp", "true"), marks=pytest.mark.slow)],
+)
+def test_two_devices_train_as_one(
+    name: str, rate: float, flags: tuple, stories: Path, prepared: Path, tmp_path: Path
+) -> None:
     """Rows are spread over two processes; an epoch's last step has fewer rows than devices, and experts no token."""
     if name != "stories":
         make_twin(name, tmp_path, vocab_size=512, max_position_embeddings=256)
@@ -246,7 +251,7 @@ def test_two_devices_train_as_one(name: str, stories: Path, prepared: Path, tmp_
         run_script(
             "finetune/lora",
             *("--data_dir", prepared, "--checkpoint_dir", stories, "--out_dir", out, "--precision", "32-true"),
-            *("--lora_dropout", 0, "--lora_mlp", "true", "--train.learning_rate", 0.01, "--train.global_batch_size", 7),
+            *("--lora_dropout", 0, *flags, "--train.learning_rate", rate, "--train.global_batch_size", 7),
             *("--train.micro_batch_size", 2, "--train.epochs", 2, "--eval.max_new_tokens", 0, "--devices", devices),
         )
         with open(out / "metrics.csv", newline="") as file:
