@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch._subclasses import FakeTensor
 
 from lit_gpt import attention, ops, products, rope
 from lit_gpt.attention import Layout
@@ -89,8 +88,8 @@ class Transformer(nn.Module):
     ) -> torch.Tensor:
         """The state (B, T, C) that the head reads; arguments as `GPT.forward`'s, or `layout` in their place.
 
-        With `where` (n,) only the states (n, C) of those of the B * T positions, each named once: once the last block's
-        attention has looked at the others, nothing more depends on them.
+        With `where` (n,) only the states (n, C) of those of the B * T positions: once the last block's attention has
+        looked at the others, nothing more depends on them.
         """
         layout = layout or Layout.of(tokens, lengths)
         if cache is not None:
@@ -262,19 +261,11 @@ class MoE(nn.Module):
             weights = weights / weights.sum(dim=-1, keepdim=True)
         out = torch.zeros_like(flat)
         for index, expert in enumerate(self.experts):
-            row, rank = _places(chosen, index, len(self.experts))
+            row, rank = ops.tokens_of(index, chosen, len(self.experts))
             # Where something trains, those without tokens take part too: other devices wait for their gradients.
             if len(row) or torch.is_grad_enabled():
                 out = out.index_add(0, row, (expert(flat[row]) * weights[row, rank, None]).to(out.dtype))
         return out.view_as(x)
-
-
-def _places(chosen: torch.Tensor, expert: int, n_experts: int) -> tuple[torch.Tensor, ...]:
-    """Where an expert is named in `chosen` (n, n_expert_per_token); the planner, which has no numbers, deals evenly."""
-    if isinstance(chosen, FakeTensor):
-        n = -(-chosen.numel() // n_experts)
-        return chosen.new_empty(n), chosen.new_empty(n)
-    return (chosen == expert).nonzero(as_tuple=True)
 
 
 class RMSNorm(nn.Module):

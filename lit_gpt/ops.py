@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensor
 
 from lit_gpt.kernels import rows
 
@@ -204,6 +205,17 @@ class _Rotate(torch.autograd.Function):
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
         return _Rotate.turn(grad, cos, sin, -1), None, None
+
+
+def tokens_of(expert: int, chosen: torch.Tensor, n_experts: int) -> tuple[torch.Tensor, ...]:
+    """Where an expert is named in `chosen` (n, n_expert_per_token): tokens and ranks.
+
+    The planner's tensors have no numbers; of those each expert gets as many as any other.
+    """
+    if isinstance(chosen, FakeTensor):
+        n = -(-chosen.numel() // n_experts)
+        return chosen.new_empty(n), chosen.new_empty(n)
+    return (chosen == expert).nonzero(as_tuple=True)
 
 
 def draw_dropout(x: torch.Tensor, p: float) -> torch.Tensor:
