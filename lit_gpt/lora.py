@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from lit_gpt import ops, products
 from lit_gpt.kernels import lora as fused
+from lit_gpt.quantization import QuantizedLinear
 from lit_gpt.surgery import swap
 
 TARGETS = {  # flag -> the names of the layers that it means
@@ -79,12 +80,11 @@ class LoRALinear(nn.Module):
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.base(x)
-        x, a, b = x.to(y.dtype), self.lora_A, self.lora_B
+        x, a, b = x.to(ops.autocast_dtype(x)), self.lora_A, self.lora_B
         how = self.scaling, self.dropout if self.training else 0.0
-        if ops.in_c(y) and fused.fits(y, a, b):
-            return _FusedUpdate.apply(y, x, a, b, *how, getattr(x, "normed", None))
-        return _Update.apply(y, x, a, b, *how)
+        if ops.in_c(x) and fused.fits(x, a, b):
+            return _FusedLayer.apply(self.base, x, a, b, *how, getattr(x, "normed", None))
+        return _Update.apply(self.base(x), x, a, b, *how)
 
     def merged(self) -> nn.Linear:
         """The plain layer with the update in its weight, in the base's precision. ValueError for a quantized base."""
@@ -140,24 +140,30 @@ class _Update(torch.autograd.Function):
         return grad, d_x, d_a, d_b, None, None
 
 
-class _FusedUpdate(torch.autograd.Function):
-    """As `_Update`, in one pass over memory each way; an x that was `normed` is made again where it is needed."""
+class _FusedLayer(torch.autograd.Function):
+    """The layer and, in one pass over memory each way, its update; an x that was `normed` is made again where needed.
+
+    The update's gradient of x is added to the layer's while that is at hand, and rounded once.
+    """
 
     @staticmethod
-    def forward(ctx, y, x, a, b, scaling, p, normed):
+    def forward(ctx, base, x, a, b, scaling, p, normed):
+        y = base(x)
         drawn = ops.draw_dropout(x, p) if p else None
         low = fused.update(y, x, a, b, drawn, scaling, p)
-        ctx.mark_dirty(y)
         ctx.save_for_backward(*(normed or (x, None, None)), a, b, drawn, low)
-        ctx.how = scaling, p
+        ctx.base, ctx.how = base, (scaling, p)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        wants_x = ctx.needs_input_grad[1]
-        gradients = fused.update_backward(grad, *ctx.saved_tensors, *ctx.how, wants_x=wants_x)
-        return grad, *gradients, None, None, None
+        base, d_x = ctx.base, None
+        if ctx.needs_input_grad[1]:
+            weight = base.dense(grad.dtype) if isinstance(base, QuantizedLinear) else base.weight.to(grad.dtype)
+            d_x = products.linear_backward(grad, weight)
+        gradients = fused.update_backward(grad, *ctx.saved_tensors, *ctx.how, d_x)
+        return None, d_x, *gradients, None, None, None
 
 
 def merged_weight(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:

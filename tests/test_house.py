@@ -36,7 +36,7 @@ MAY_IMPORT = {  # what a room may import of the package; those not named see eve
     "workers": set(),
     "tokenizer": {"files", "words"},
     "model": {"attention", "cache", "config", "ops", "products", "rope"},
-    "lora": {"ops", "products", "surgery"},
+    "lora": {"ops", "products", "quantization", "surgery"},
     "families": {"config", "families", "rope"},
     "generation": {"cache", "model", "recorded"},
     "recorded": {"cache", "model", "rope"},

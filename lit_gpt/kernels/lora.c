@@ -178,7 +178,8 @@ void update(long n, long in, long out, long r, long ranks, const void *x, const 
     }
 }
 
-/* The gradients of the layer's input, if `dx` is not null, a and b from y's; the input is x, or what that is normed to. */
+/* The gradients of a and b from y's, and that of the layer's input added to `dx`, if that is not null; the input is x, or what
+   that is normed to. */
 void update_backward(long n, long in, long out, long r, long ranks, const void *grad, const void *x, long x_bf16,
                      const float *weight, const float *scale, const float *a, const float *b, const word *low, float kept,
                      float scaling, const int64_t *seed, long threshold, void *dx, float *da, float *db, word *room, long each,
@@ -223,7 +224,10 @@ void update_backward(long n, long in, long out, long r, long ranks, const void *
                     float *line = block + i * COLUMNS;
                     for (long k = 0; threshold > INT16_MIN && k < COLUMNS; k++)
                         line[k] = bits[i * COLUMNS + k] >= threshold ? line[k] : 0;
-                    store(dx, bf16, (first + i) * in + j, line, COLUMNS);
+                    float sum[COLUMNS];
+                    load(sum, dx, bf16, (first + i) * in + j, COLUMNS);
+                    for (long k = 0; k < COLUMNS; k++) sum[k] += line[k];
+                    store(dx, bf16, (first + i) * in + j, sum, COLUMNS);
                 }
             }
         }

@@ -70,10 +70,9 @@ def update_backward(
     low: torch.Tensor,
     scaling: float,
     p: float,
-    *,
-    wants_x: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """The gradients of x, a and b from y's; `drawn` as in `update`, whose result is `low`.
+    d_x: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of a and b from y's; `drawn` as in `update`, whose result is `low`. That of x is added to `d_x`.
 
     With a `weight` and a `scale` x is what they norm to the layer's input, see `ops.Normed`.
     """
@@ -88,7 +87,7 @@ def update_backward(
         assert x.dtype in DTYPES
         assert (weight.numel(), scale.numel(), scale.dtype) == (n_in, n, torch.float32)
         weight, scale = weight.float().contiguous(), scale.contiguous()
-    d_x = empty(x, dtype=grad.dtype) if wants_x else None
+    assert d_x is None or (d_x.shape, d_x.dtype) == (x.shape, grad.dtype)
     d_a, d_b = torch.empty_like(a), torch.empty_like(b)
     each = ranks * (n_in + n_out) + 2 * n_out
     room = empty(x, (ranks * (2 * n_in + n_out) + torch.get_num_threads() * each,), torch.float32)
@@ -97,4 +96,4 @@ def update_backward(
         *(1 - p, scaling, drawn, threshold(p), d_x, d_a, d_b),
         *(room, each, grad.dtype == torch.bfloat16, _as_pairs(grad)),
     )
-    return d_x, d_a, d_b
+    return d_a, d_b
