@@ -40,7 +40,7 @@ def main() -> None:
     dtype, device = resolve_precision(None, training=False).frozen, device_of_this_machine()
     with tempfile.TemporaryDirectory() as fitted:
         started = time.monotonic()
-        rows = calibration.open_rows(source, folders[0], N_TOKENS, SEED)
+        rows = calibration.open_rows(source, folders[:1], N_TOKENS, SEED)
         errors = calibration.write(source, KIND, rows, Path(fitted))
         print(f"fitted to {sum(map(len, rows)):,} tokens in {time.monotonic() - started:.0f} s; errors are {errors}")
         results = []

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ from lit_gpt.runtime import device_of_this_machine, resolve_precision
 from lit_gpt.tokenizer import Tokenizer
 
 DAMPING = 0.01  # of the mean second moment, added to each input's: rows cannot tell inputs apart that go together
+RIDGE = 0.5  # likewise, where a weight makes up for others; nearer to 0 it learns the rows by heart (benchmarks/LOG.md)
 AT_ONCE = 64  # inputs whose errors reach the later ones in one product
 WIDE_AT_ONCE = 4096  # tokens whose numbers are in float32
 
@@ -82,6 +84,20 @@ def choose_codes(layer: Linear4bit, weight: torch.Tensor, moments: torch.Tensor)
     layer.load("weight", ((pairs[:, :1] << 4) | pairs[:, 1:]).contiguous())
 
 
+def aimed_at(weight: torch.Tensor, moments: torch.Tensor, lost: torch.Tensor) -> torch.Tensor:
+    """The weight (out, in) that takes back what the layers before have lost (asymmetric calibration, arXiv:2504.02692).
+
+    `lost` (in, in) are the sums of products of the full model's inputs less this one's, and this one's. The outputs are
+    those of `weight` in the full model as nearly as may be, at a price for going away from it: ridge regression,
+    W + W D (H + ridge)^-1.
+    """
+    if not bool(moments.any()):
+        return weight
+    damped = moments.clone()
+    damped.diagonal().add_(RIDGE * moments.diagonal().mean())
+    return weight + torch.cholesky_solve((weight @ lost).t(), torch.linalg.cholesky(damped)).t()
+
+
 def _passed_on(moments: torch.Tensor) -> torch.Tensor:
     """The upper factor of the inverse of the damped moments."""
     damped = moments.flip(0, 1)
@@ -91,24 +107,83 @@ def _passed_on(moments: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve_triangular(factor, one, upper=True)
 
 
-def second_moments(inputs: torch.Tensor) -> torch.Tensor:
-    """Sums of products of inputs (n, in) over the n, (in, in) float32."""
-    moments = torch.zeros(inputs.shape[1], inputs.shape[1], device=inputs.device)
-    for some in inputs.split(WIDE_AT_ONCE):
-        wide = some.float()
-        moments.addmm_(wide.t(), wide)
-    return moments
+def products_of(full: torch.Tensor, inputs: torch.Tensor | None = None) -> torch.Tensor:
+    """Sums over tokens of products, (in, in) float32: of inputs (n, in) among themselves.
+
+    With two, of what the first has more than the second with the second.
+    """
+    total = torch.zeros(full.shape[1], full.shape[1], device=full.device)
+    for begin in range(0, len(full), WIDE_AT_ONCE):
+        some = full[begin : begin + WIDE_AT_ONCE].float()
+        other = some if inputs is None else inputs[begin : begin + WIDE_AT_ONCE].float()
+        total.addmm_((some if inputs is None else some - other).t(), other)
+    return total
 
 
-def open_rows(checkpoint_dir: Path, data_dir: Path, n_tokens: int, seed: int) -> list[torch.Tensor]:
-    """Training rows of a prepared set (T,), drawn until there are that many tokens. ValueError as `open_prepared`."""
+def open_rows(checkpoint_dir: Path, data_dirs: Sequence[Path], n_tokens: int, seed: int) -> list[torch.Tensor]:
+    """Training rows (T,) of prepared sets, drawn until each gave its share of tokens; ValueError as `open_prepared`."""
     if n_tokens < 1:
         raise ValueError(f"--calibration_tokens must be at least 1, not {n_tokens}")
-    config = checkpoint.load_config(checkpoint_dir)
-    training, _, _ = open_prepared(data_dir, Tokenizer(checkpoint_dir), config.block_size, config.vocab_size)
-    order = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))
-    n_rows = int((training.lengths()[order].cumsum(0) < n_tokens).sum()) + 1
-    return [training.row(index)[0] for index in order[:n_rows].tolist()]
+    config, tokenizer = checkpoint.load_config(checkpoint_dir), Tokenizer(checkpoint_dir)
+    rows: list[torch.Tensor] = []
+    for folder in data_dirs:
+        training, _, _ = open_prepared(folder, tokenizer, config.block_size, config.vocab_size)
+        order = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))
+        n_rows = int((training.lengths()[order].cumsum(0) < n_tokens // len(data_dirs)).sum()) + 1
+        rows += [training.row(index)[0] for index in order[:n_rows].tolist()]
+    return rows
+
+
+class _Choosing:
+    """Hooks of a model that rows are passing: each block runs as in the full model, then with layers quantized.
+
+    A layer is quantized when its inputs are there that the quantized ones before it made.
+    """
+
+    def __init__(self, folder: Path, kind: str):
+        self.folder, self.kind = folder, kind
+        self.layers: dict[str, Linear4bit] = {}
+        self.errors = Errors()
+        self.state: torch.Tensor | None = None  # of the full model, after the last block
+        self.is_full = False
+        self.inputs: dict[str, torch.Tensor] = {}  # in the full model, of layers still to come
+        self.given: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None  # some layers share them
+
+    def begin(self, block: nn.Module, arguments: tuple[Any, ...]) -> None:
+        x, *others = arguments
+        self.is_full = True
+        self.state = block.forward(x if self.state is None else self.state, *others)
+        self.is_full = False
+
+    def choose(self, name: str, linear: nn.Linear, arguments: tuple[torch.Tensor]) -> None:
+        x = arguments[0]
+        if self.is_full:
+            self.inputs[name] = x
+            return
+        full = self.inputs.pop(name, None)
+        if self.given is None or self.given[0] is not x:
+            # Experts are given some tokens only, in the full model others.
+            lost = None if full is None or x.ndim < 3 else products_of(full.flatten(0, -2), x.flatten(0, -2))
+            self.given = x, products_of(x.flatten(0, -2)), lost
+        _, moments, lost = self.given
+        weight, dtype = linear.weight.detach(), linear.weight.dtype
+        if not bool(moments.isfinite().all()):
+            raise ValueError(f"{self.folder}: on these rows {name} is given numbers that are not finite in {dtype}")
+        layer = quantize(weight, self.kind)
+        aim = weight.float() if lost is None else aimed_at(weight.float(), moments, lost)
+        before = layer.dense(torch.float32)
+        choose_codes(layer, aim, moments)
+        after = layer.dense(torch.float32)
+        self.errors.add(aim, moments, before, after)
+        linear.weight.data = after.to(dtype)
+        self.layers[f"{name}.weight"] = layer.cpu()
+
+
+def quantize(weight: torch.Tensor, kind: str) -> Linear4bit:
+    """A layer with the nearest codes."""
+    layer = quantization.quantize(weight, kind)
+    assert isinstance(layer, Linear4bit)
+    return layer
 
 
 def calibrate(
@@ -122,45 +197,26 @@ def calibrate(
     """Layers of a checkpoint in a 4-bit kind, by their weights' names, and how far off they are.
 
     One pass of the rows (T,), laid end to end, through the model: each layer is quantized when it is first used, so
-    that it sees what the quantized ones before it give. One block's weights are there at a time, in `dtype`, from which
-    they are quantized; `ran` is called after each. Experts that no token goes to keep the nearest codes. Raises
-    ValueError where the rows make numbers that are not finite.
+    that it sees what the quantized ones before it give, beside what it would see in the full model. One block's weights
+    are there at a time, in `dtype`, from which they are quantized; `ran` is called after each. Experts that no token
+    goes to keep the nearest codes. Raises ValueError where the rows make numbers that are not finite.
     """
     model = checkpoint.load_by_block(folder, dtype, ran, device=device)
-    layers: dict[str, Linear4bit] = {}
-    errors = Errors()
-    seen: list[torch.Tensor] = []  # the last inputs and their moments: some layers share them
-
-    def nearest(weight: torch.Tensor) -> Linear4bit:
-        layer = quantization.quantize(weight, kind)
-        assert isinstance(layer, Linear4bit)
-        return layer
-
-    def choose(name: str, linear: nn.Linear, inputs: tuple[torch.Tensor]) -> None:
-        if not (seen and seen[0] is inputs[0]):
-            seen[:] = inputs[0], second_moments(inputs[0].flatten(0, -2))
-        weight, moments = linear.weight.detach(), seen[1]
-        if not bool(moments.isfinite().all()):
-            raise ValueError(f"{folder}: on these rows {name} is given numbers that are not finite in {dtype}")
-        layer = nearest(weight)
-        before = layer.dense(torch.float32)
-        choose_codes(layer, weight, moments)
-        after = layer.dense(torch.float32)
-        errors.add(weight.float(), moments, before, after)
-        linear.weight.data = after.to(dtype)
-        layers[f"{name}.weight"] = layer.cpu()
-
+    choosing = _Choosing(folder, kind)
     names = [name for name, module in model.named_modules() if quantization.quantizable(name, module, kind)]
+    for block in model.transformer.h:
+        block.register_forward_pre_hook(choosing.begin)
     for name in names:
-        model.get_submodule(name).register_forward_pre_hook(partial(choose, name))
+        model.get_submodule(name).register_forward_pre_hook(partial(choosing.choose, name))
     lengths = [len(row) for row in rows]
     with torch.no_grad():
         model.transformer(torch.cat(list(rows))[None].to(device), lengths)
+    layers = choosing.layers
     if unasked := {f"{name}.weight" for name in names} - set(layers):
         for name, weight in checkpoint.Weights.from_folder(folder):
             if name in unasked:
-                layers[name] = nearest(weight)
-    return layers, errors
+                layers[name] = quantize(weight, kind)
+    return layers, choosing.errors
 
 
 def write(

@@ -162,7 +162,7 @@ class _FusedLayer(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             weight = base.dense(grad.dtype) if isinstance(base, QuantizedLinear) else base.weight.to(grad.dtype)
             d_x = products.linear_backward(grad, weight)
-        gradients = fused.update_backward(grad, *ctx.saved_tensors, *ctx.how, d_x)
+        gradients = fused.update_backward(grad, *ctx.saved_tensors, *ctx.how, d_x=d_x)
         return None, d_x, *gradients, None, None, None
 
 

@@ -8,7 +8,7 @@ from lit_gpt.cli import run
 def main(
     checkpoint_dir: Path,
     quantize: str = "bnb.nf4",
-    data_dir: Path | None = None,
+    data_dir: list[Path] | Path | None = None,
     out_dir: Path | None = None,
     calibration_tokens: int = 32768,
     seed: int = 1337,
@@ -24,7 +24,8 @@ def main(
     Args:
         checkpoint_dir: The model.
         quantize: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8, with +head for the output head too.
-        data_dir: Prepared rows like those that the model will see; its training rows are taken.
+        data_dir: Prepared rows like those that the model will see; its training rows are taken. Of several, as in
+            [data/mine, data/alpaca], each gives its share of the tokens: general text keeps the model good at it.
         out_dir: The folder to write.
         calibration_tokens: Tokens of DATA_DIR to look at; more take longer, more memory, and fit better.
         seed: Of the choice among the rows of DATA_DIR.
@@ -34,9 +35,9 @@ def main(
 
     kind = quantization.resolve(quantize)
     assert kind is not None
-    if (data_dir is None) != (out_dir is None):
+    if bool(data_dir) != bool(out_dir):
         raise ValueError("--data_dir and --out_dir go together: rows to fit the weights to, and the folder to write")
-    if data_dir is None or out_dir is None:
+    if not data_dir or out_dir is None:
         with Progress("quantizing", 1) as progress:
             path = checkpoint.save_quantized(checkpoint_dir, kind, lambda done, total: progress.update(done / total))
         print(f"wrote {path} ({path.stat().st_size / 1e9:.2f} GB)")
@@ -44,7 +45,8 @@ def main(
 
     from lit_gpt import calibration
 
-    rows = calibration.open_rows(checkpoint_dir, data_dir, calibration_tokens, seed)
+    folders = data_dir if isinstance(data_dir, list) else [data_dir]
+    rows = calibration.open_rows(checkpoint_dir, folders, calibration_tokens, seed)
     with Progress(f"fitting weights to {sum(map(len, rows)):,} tokens", 1) as progress:
         errors = calibration.write(checkpoint_dir, kind, rows, out_dir, lambda done, n: progress.update(done / n))
     print(f"wrote {out_dir}; its errors are {errors}")

@@ -84,6 +84,47 @@ def test_inputs_that_know_nothing_of_each_other_leave_the_nearest_codes(moments:
     assert torch.equal(layer.weight, codes)
 
 
+def test_a_weight_makes_up_for_what_others_lost_as_ridge_regression_tells() -> None:
+    """Least squares in float64, the price being further rows that ask the weight to stay where it is."""
+    _, weight, full = layer_and_inputs("bnb.nf4", 40, 96)
+    inputs = full + 0.1 * full[:, torch.arange(96).roll(1)] + 0.2 * torch.randn(full.shape)
+    moments = calibration.products_of(inputs)
+    price = (calibration.RIDGE * moments.diagonal().mean().double()).sqrt() * torch.eye(96)
+    asked = torch.cat([inputs.double(), price])
+    wanted = torch.cat([(full - inputs).double() @ weight.double().t(), torch.zeros(96, 40)])
+    expected = weight + torch.linalg.lstsq(asked, wanted).solution.t().float()
+    found = calibration.aimed_at(weight, moments, calibration.products_of(full, inputs))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (inputs @ found.t() - full @ weight.t()).norm() < 0.8 * ((inputs - full) @ weight.t()).norm()
+
+
+@pytest.mark.parametrize("twin", ["llama-grouped", "gpt2", "mixtral"])
+def test_what_is_lost_is_taken_back(twin: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's states are nearer to the full one's than where each layer only does as it was."""
+    make_twin(twin, tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(1, 101, (60,), generator=generator) for _ in range(20)]
+
+    def distance() -> float:
+        layers, _ = calibration.calibrate(tmp_path, "bnb.nf4", rows, torch.float32)
+        full, model = (checkpoint.load_model(tmp_path, torch.float32) for _ in range(2))
+        for name, layer in layers.items():
+            model.get_submodule(name.removesuffix(".weight")).weight = nn.Parameter(layer.dense(torch.float32))
+        with torch.no_grad():
+            return sum(float((model.transformer(row[None]) - full.transformer(row[None])).norm()) for row in rows)
+
+    taken_back = distance()
+    monkeypatch.setattr(calibration, "aimed_at", lambda weight, moments, lost: weight)
+    assert taken_back < distance()
+
+
+def test_several_sets_give_the_same_share(stories: Path, prepared: Path) -> None:
+    rows = calibration.open_rows(stories, [prepared], 200, seed=0)
+    shared = calibration.open_rows(stories, [prepared, prepared], 400, seed=0)
+    assert [row.tolist() for row in shared] == [row.tolist() for row in [*rows, *rows]]
+    assert 200 <= sum(map(len, rows)) < 200 + max(map(len, rows))
+
+
 @pytest.mark.parametrize("twin", TWINS)
 def test_a_folder_loads_as_what_was_chosen(twin: str, tmp_path: Path) -> None:
     make_twin(twin, tmp_path / "m")

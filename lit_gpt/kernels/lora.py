@@ -70,6 +70,7 @@ def update_backward(
     low: torch.Tensor,
     scaling: float,
     p: float,
+    *,
     d_x: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of a and b from y's; `drawn` as in `update`, whose result is `low`. That of x is added to `d_x`.
