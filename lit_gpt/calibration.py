@@ -30,28 +30,28 @@ WIDE_AT_ONCE = 4096  # tokens whose numbers are in float32
 
 @dataclass
 class Errors:
-    """Squared errors of the layers' outputs on the rows, each as a share of the output, summed over layers."""
+    """Squared errors of the layers' outputs on the rows, each as a share of the output aimed at, summed over layers."""
 
     nearest: float = 0.0
     chosen: float = 0.0
     n_layers: int = 0
 
-    def add(self, weight: torch.Tensor, moments: torch.Tensor, nearest: torch.Tensor, chosen: torch.Tensor) -> None:
-        """Those of one layer: three weights (out, in) float32 and the second moments (in, in) of its inputs."""
+    def add(self, aim: torch.Tensor, moments: torch.Tensor, nearest: torch.Tensor, chosen: torch.Tensor) -> None:
+        """Of one layer: the weight aimed at and two others (out, in), float32; and its inputs' moments (in, in)."""
 
         def size(matrix: torch.Tensor) -> float:  # of its outputs: the trace of M H M^T
             return float(((matrix @ moments) * matrix).sum())
 
-        whole = size(weight)
+        whole = size(aim)
         if whole > 0:
-            self.nearest += size(weight - nearest) / whole
-            self.chosen += size(weight - chosen) / whole
+            self.nearest += size(aim - nearest) / whole
+            self.chosen += size(aim - chosen) / whole
             self.n_layers += 1
 
     def __str__(self) -> str:
         """Roots of the means, in per cent."""
         chosen, nearest = ((error / max(self.n_layers, 1)) ** 0.5 for error in (self.chosen, self.nearest))
-        return f"{chosen:.1%} of what layers compute on these rows, {nearest:.1%} with the nearest codes"
+        return f"{chosen:.1%} of what layers should compute on these rows, {nearest:.1%} with the nearest codes"
 
 
 def choose_codes(layer: Linear4bit, weight: torch.Tensor, moments: torch.Tensor) -> None:
@@ -87,11 +87,11 @@ def choose_codes(layer: Linear4bit, weight: torch.Tensor, moments: torch.Tensor)
 def aimed_at(weight: torch.Tensor, moments: torch.Tensor, lost: torch.Tensor) -> torch.Tensor:
     """The weight (out, in) that takes back what the layers before have lost (asymmetric calibration, arXiv:2504.02692).
 
-    `lost` (in, in) are the sums of products of the full model's inputs less this one's, and this one's. The outputs are
-    those of `weight` in the full model as nearly as may be, at a price for going away from it: ridge regression,
-    W + W D (H + ridge)^-1.
+    Its outputs are nearest to those that `weight` has in the full model, at a price for each step away from that: ridge
+    regression, W + W D (H + ridge)^-1. H are the `moments`, the sums of products x x^T of the inputs; D is `lost`
+    (in, in), those of (full - x) x^T.
     """
-    if not bool(moments.any()):
+    if not bool(lost.any()):
         return weight
     damped = moments.clone()
     damped.diagonal().add_(RIDGE * moments.diagonal().mean())
@@ -107,16 +107,11 @@ def _passed_on(moments: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve_triangular(factor, one, upper=True)
 
 
-def products_of(full: torch.Tensor, inputs: torch.Tensor | None = None) -> torch.Tensor:
-    """Sums over tokens of products, (in, in) float32: of inputs (n, in) among themselves.
-
-    With two, of what the first has more than the second with the second.
-    """
-    total = torch.zeros(full.shape[1], full.shape[1], device=full.device)
-    for begin in range(0, len(full), WIDE_AT_ONCE):
-        some = full[begin : begin + WIDE_AT_ONCE].float()
-        other = some if inputs is None else inputs[begin : begin + WIDE_AT_ONCE].float()
-        total.addmm_((some if inputs is None else some - other).t(), other)
+def products_of(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Sums over the n of products of two inputs (..., in) of a layer, (in, in) float32."""
+    total = torch.zeros(left.shape[-1], left.shape[-1], device=left.device)
+    for some, others in zip(*(x.flatten(0, -2).split(WIDE_AT_ONCE) for x in (left, right)), strict=True):
+        total.addmm_(some.float().t(), others.float())
     return total
 
 
@@ -147,30 +142,30 @@ class _Choosing:
         self.state: torch.Tensor | None = None  # of the full model, after the last block
         self.is_full = False
         self.inputs: dict[str, torch.Tensor] = {}  # in the full model, of layers still to come
-        self.given: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None  # some layers share them
+        self.given: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None  # of the last layer; some share them
 
     def begin(self, block: nn.Module, arguments: tuple[Any, ...]) -> None:
         x, *others = arguments
-        self.is_full = True
+        self.given, self.is_full = None, True
         self.state = block.forward(x if self.state is None else self.state, *others)
         self.is_full = False
 
     def choose(self, name: str, linear: nn.Linear, arguments: tuple[torch.Tensor]) -> None:
         x = arguments[0]
         if self.is_full:
-            self.inputs[name] = x
+            if x.ndim == 3:  # experts are given some tokens only, and the quantized ones others
+                self.inputs[name] = x
             return
         full = self.inputs.pop(name, None)
         if self.given is None or self.given[0] is not x:
-            # Experts are given some tokens only, in the full model others.
-            lost = None if full is None or x.ndim < 3 else products_of(full.flatten(0, -2), x.flatten(0, -2))
-            self.given = x, products_of(x.flatten(0, -2)), lost
+            moments = products_of(x, x)
+            self.given = x, moments, torch.zeros_like(moments) if full is None else products_of(full, x) - moments
         _, moments, lost = self.given
         weight, dtype = linear.weight.detach(), linear.weight.dtype
-        if not bool(moments.isfinite().all()):
+        if not bool((moments + lost).isfinite().all()):
             raise ValueError(f"{self.folder}: on these rows {name} is given numbers that are not finite in {dtype}")
         layer = quantize(weight, self.kind)
-        aim = weight.float() if lost is None else aimed_at(weight.float(), moments, lost)
+        aim = aimed_at(weight.float(), moments, lost)
         before = layer.dense(torch.float32)
         choose_codes(layer, aim, moments)
         after = layer.dense(torch.float32)

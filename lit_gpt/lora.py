@@ -80,15 +80,15 @@ class LoRALinear(nn.Module):
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x, a, b = x.to(ops.autocast_dtype(x)), self.lora_A, self.lora_B
+        seen, a, b = x.to(ops.autocast_dtype(x)), self.lora_A, self.lora_B
         how = self.scaling, self.dropout if self.training else 0.0
-        if ops.in_c(x) and fused.fits(x, a, b):
-            return _FusedLayer.apply(self.base, x, a, b, *how, getattr(x, "normed", None))
-        return _Update.apply(self.base(x), x, a, b, *how)
+        if ops.in_c(seen) and fused.fits(seen, a, b):
+            return _FusedLayer.apply(self.base, seen, a, b, *how, getattr(seen, "normed", None))
+        return _Update.apply(self.base(x), seen, a, b, *how)
 
     def merged(self) -> nn.Linear:
         """The plain layer with the update in its weight, in the base's precision. ValueError for a quantized base."""
-        if not (isinstance(self.base, nn.Linear) and self.base.weight.is_floating_point()):
+        if isinstance(self.base, QuantizedLinear):
             raise ValueError(
                 "a quantized layer cannot take the update in; scripts/merge_lora.py merges into full weights"
             )
@@ -141,9 +141,9 @@ class _Update(torch.autograd.Function):
 
 
 class _FusedLayer(torch.autograd.Function):
-    """The layer and, in one pass over memory each way, its update; an x that was `normed` is made again where needed.
+    """The frozen layer and, in one pass over memory each way, its update; a `normed` x is made again where needed.
 
-    The update's gradient of x is added to the layer's while that is at hand, and rounded once.
+    The update's gradient of x is added to the layer's where it is made, rather than by autograd.
     """
 
     @staticmethod
@@ -160,8 +160,8 @@ class _FusedLayer(torch.autograd.Function):
     def backward(ctx, grad):
         base, d_x = ctx.base, None
         if ctx.needs_input_grad[1]:
-            weight = base.dense(grad.dtype) if isinstance(base, QuantizedLinear) else base.weight.to(grad.dtype)
-            d_x = products.linear_backward(grad, weight)
+            quantized = isinstance(base, QuantizedLinear)
+            d_x = products.linear_backward(grad, (base.dense if quantized else base.weight.to)(grad.dtype))
         gradients = fused.update_backward(grad, *ctx.saved_tensors, *ctx.how, d_x=d_x)
         return None, d_x, *gradients, None, None, None
 

@@ -24,8 +24,8 @@ def main(
     Args:
         checkpoint_dir: The model.
         quantize: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8, with +head for the output head too.
-        data_dir: Prepared rows like those that the model will see; its training rows are taken. Of several, as in
-            [data/mine, data/alpaca], each gives its share of the tokens: general text keeps the model good at it.
+        data_dir: Prepared rows like those that the model will see; its training rows are taken. Of several sets, as in
+            "[data/mine,data/alpaca]", each gives its share of the tokens; general text keeps what the model can do.
         out_dir: The folder to write.
         calibration_tokens: Tokens of DATA_DIR to look at; more take longer, more memory, and fit better.
         seed: Of the choice among the rows of DATA_DIR.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from twins import make_twin
 
-from lit_gpt import checkpoint, lora, ops
+from lit_gpt import checkpoint, lora, ops, quantization
 from lit_gpt.kernels import lora as fused
 from lit_gpt.kernels import rows
 from lit_gpt.lora import LoRASettings
@@ -203,6 +203,38 @@ def test_the_update_in_c_is_the_definition(
         error = float((got.detach().double().view_as(true) - true).norm() / true.norm())
         assert error < (6e-3 if dtype == torch.bfloat16 else 2e-6), (name, error)
     assert layer.lora_A.grad.dtype == torch.float32
+
+
+@pytest.mark.usefixtures("processor")
+@pytest.mark.skipif(not rows.available(), reason="no C compiler")
+@pytest.mark.parametrize("kind", [None, "bnb.nf4", "bnb.nf4-dq", "bnb.int8"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_layer_and_its_update_in_one_are_the_two(
+    kind: str | None, mixed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the base is, results and gradients are those of torch's operators one after the other."""
+    torch.manual_seed(0)
+    base = torch.nn.Linear(64, 96)
+    if kind is not None:
+        pytest.importorskip("bitsandbytes")
+        bias, base = base.bias, quantization.quantize(base.weight.detach(), kind)
+        base.bias = bias
+    layer = lora.LoRALinear(base, LoRASettings(r=8, dropout=0.2))
+    torch.nn.init.normal_(layer.lora_B)
+    x = torch.randn(2, 37, 64)
+    found = []
+    for _ in range(2):
+        leaf, layer.lora_A.grad, layer.lora_B.grad = x.clone().requires_grad_(), None, None
+        torch.manual_seed(7)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            y = layer(leaf)
+        assert ("_FusedLayer" in type(y.grad_fn).__name__) == (not found)
+        y.backward(torch.ones_like(y))
+        found.append([y.detach(), leaf.grad, layer.lora_A.grad, layer.lora_B.grad])
+        monkeypatch.setattr(fused, "fits", lambda x, a, b: False)
+    for one, two in zip(*found, strict=True):
+        assert one.dtype == two.dtype
+        assert (one - two).norm() < (1e-2 if mixed else 1e-6) * two.norm()
 
 
 @pytest.mark.usefixtures("processor")
