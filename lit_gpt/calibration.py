@@ -1,8 +1,8 @@
 """4-bit weights whose codes are chosen by what layers are asked, not each number by itself (GPTQ, arXiv:2210.17323).
 
 Rounding a weight to the nearest level is best if inputs know nothing of each other. They do: what one weight's rounding
-adds to the output, later ones can take back. The scales stay those that plain quantization finds, so that every 4-bit
-kind, layer and kernel works as before.
+adds to the output, later ones can take back, and later layers some of what is lost then. The scales stay those that
+plain quantization finds, so that every 4-bit kind, layer and kernel works as before.
 """
 
 from collections.abc import Callable, Sequence
