@@ -2,7 +2,7 @@
 
 Usage: python benchmarks/calibrating.py CHECKPOINT DATA [OTHER_DATA]   (SmolLM2, two cores, AVX2: about 20 minutes)
 DATA and OTHER_DATA are prepared sets; the codes are fitted to the training rows of DATA, then to those of both. Nothing
-is trained.
+is trained; all are compared in float32, so that their rounding is no part of it.
 """
 
 import sys
@@ -17,7 +17,7 @@ from lit_gpt import calibration, checkpoint
 from lit_gpt.data import PreparedSet, open_prepared
 from lit_gpt.model import GPT
 from lit_gpt.report import table
-from lit_gpt.runtime import device_of_this_machine, resolve_precision
+from lit_gpt.runtime import device_of_this_machine
 from lit_gpt.tokenizer import Tokenizer
 
 KIND, N_TOKENS, SEED, N_ROWS = "bnb.nf4", 32768, 1337, 48
@@ -44,8 +44,8 @@ def main() -> None:
     source, *folders = map(Path, sys.argv[1:])
     config, tokenizer = checkpoint.load_config(source), Tokenizer(source)
     sets = [open_prepared(folder, tokenizer, config.block_size, config.vocab_size)[1] for folder in folders]
-    dtype, device = resolve_precision(None, training=False).frozen, device_of_this_machine()
-    full = checkpoint.load_model(source, dtype, device=device).eval()
+    device = device_of_this_machine()
+    full = checkpoint.load_model(source, torch.float32, device=device).eval()
     with tempfile.TemporaryDirectory() as made:
         bases = [("as it is", source, None), ("nearest", source, KIND)]
         for n in range(1, len(folders) + 1):
@@ -57,7 +57,7 @@ def main() -> None:
             bases.append((name, fitted, None))
         results = []
         for name, folder, kind in bases:
-            model = checkpoint.load_model(folder, dtype, device=device, quantize=kind).eval()
+            model = checkpoint.load_model(folder, torch.float32, device=device, quantize=kind).eval()
             results.append((name, *(compared(model, full, part) for part in sets)))
     print(table([("weights", *(f"loss; divergence on {folder}" for folder in folders)), *results]))
 
