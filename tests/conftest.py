@@ -1,17 +1,18 @@
 """Shared by all tests: scripts run as their users run them, and small checkpoints that are real ones."""
 
+import hashlib
 import importlib.util
 import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+import warm
 
 from lit_gpt import kernels, ops
 from lit_gpt import products as products_room
@@ -39,8 +40,7 @@ def load_script(name: str) -> ModuleType:
 
 def run_script(name: str, *flags: object, check: bool = True) -> "subprocess.CompletedProcess[str]":
     """Run a script in a process of its own, as a user would."""
-    command = [sys.executable, str(ROOT / f"{name}.py"), *map(str, flags)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    done = warm.run(ROOT / f"{name}.py", list(map(str, flags)), ROOT)
     if check and done.returncode:
         raise AssertionError(f"{name} {flags} gave {done.returncode}:\n{done.stderr}")
     return done
@@ -58,14 +58,20 @@ def body(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return request.param
 
 
-PROCESSOR = torch.backends.cpu.get_cpu_capability()
+PROCESSOR, WITH_PAIRS = torch.backends.cpu.get_cpu_capability(), torch.cpu._is_avx512_bf16_supported()
+# What the bodies in C are written for, as torch calls it; and whether pairs of bfloat16 are multiplied as such.
+KINDS = {"AVX2": ("AVX2", False), "AVX512": ("AVX512", False), "AVX512 in pairs": ("AVX512", True)}
+if PROCESSOR not in kernels.PROCESSORS:
+    KINDS = {PROCESSOR: (PROCESSOR, False)}
+AVX512 = ROOT / "tests" / "avx512.h"
 LIBRARIES = (kernels.compiled, few_tokens._library, block._library, tiles._library)
 FUNCTIONS = tuple(room._FUNCTIONS for room in (attention, four_bits, lora, products, rows))
 
 
-@pytest.fixture(params=sorted({PROCESSOR, "AVX2"}) if PROCESSOR in kernels.PROCESSORS else [PROCESSOR])
+@pytest.fixture(params=KINDS)
 def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The bodies in C as for this processor, and as for one with less."""
+    """The bodies in C as for each kind of processor; AVX512 is imitated where this one has not got it."""
+    capability, in_pairs = KINDS[request.param]
 
     def forget() -> None:
         for library in LIBRARIES:
@@ -74,12 +80,24 @@ def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
             for known in ("library", "with_pairs"):
                 vars(functions).pop(known, None)
 
-    if request.param != PROCESSOR:
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    for room in (attention, lora, products):
+        monkeypatch.setattr(room, "in_pairs", lambda: in_pairs)
+    if imitated := capability == "AVX512" and not (WITH_PAIRS if in_pairs else PROCESSOR == "AVX512"):
+        version = hashlib.sha256(AVX512.read_bytes()).hexdigest()[:16]  # libraries are kept by their compiler's command
+        flags = [*kernels.PROCESSORS["AVX2"], "-Wno-psabi", "-include", str(AVX512), f"-DIMITATION={version}"]
+        monkeypatch.setitem(kernels.PROCESSORS, "AVX512", flags)
+    if anew := imitated or capability != PROCESSOR:
         forget()
     yield
-    if request.param != PROCESSOR:
+    if anew:
         forget()
+
+
+# For bodies in C that know no other way to multiply.
+each_way_once = pytest.mark.parametrize(
+    "processor", [kind for kind, (_, in_pairs) in KINDS.items() if not in_pairs], indirect=True
+)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from bodies import TOLERANCE, both
+from conftest import KINDS
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -11,25 +12,21 @@ from lit_gpt import attention, ops
 from lit_gpt.attention import Layout
 from lit_gpt.kernels import attention as fused
 
-pytestmark = pytest.mark.usefixtures("body", "processor")
-
-
-@pytest.fixture(autouse=True, params=sorted({False, torch.cpu._is_avx512_bf16_supported()}))
-def in_pairs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The body in C multiplies bfloat16 in pairs, and not."""
-    monkeypatch.setattr(fused, "in_pairs", lambda: request.param)
+BODIES = [("in torch", next(iter(KINDS))), *(("in C", kind) for kind in KINDS), ("wide", next(iter(KINDS)))]
+pytestmark = [
+    pytest.mark.usefixtures("body", "processor"),
+    pytest.mark.parametrize(("body", "processor"), BODIES, indirect=True),
+]
 
 
 @pytest.mark.skipif(not fused.available(), reason="no C compiler")
-@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="no dot products of bfloat16")
 def test_pairs_are_multiplied_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.randn(1, 2, 40, 64).bfloat16()
     results = []
     for pairs in (False, True):
         monkeypatch.setattr(fused, "in_pairs", lambda pairs=pairs: pairs)
         results.append(fused.attention(q, q, q, (40,), 0.3, None, None))
-    here = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    assert torch.equal(*results) != here  # weights that were rounded give other sums
+    assert torch.equal(*results) != fused._FUNCTIONS.with_pairs  # weights that were rounded give other sums
 
 
 def reference_attention(lengths, scale, window=None, branch=None):

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, STORIES, run_script
+from conftest import ROOT, STORIES, load_script
 
 lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.models.huggingface import HFLM  # noqa: E402
@@ -163,9 +163,15 @@ def test_the_originals_task_names_are_understood(manager: TaskManager) -> None:
     assert find_tasks(["truthfulqa_mc"], manager) == ["truthfulqa_mc1", "truthfulqa_mc2"]
 
 
-def test_the_script_scores_a_task_of_ones_own(tasks: Path, tmp_path: Path) -> None:
-    flags = ("--checkpoint_dir", STORIES, "--include_path", tasks, "--eval_tasks", "[our_choice]", "--limit", 8)
-    done = run_script("eval/lm_eval_harness", *flags, "--save_filepath", tmp_path / "r.json", "--precision", "32-true")
+def test_the_script_scores_a_task_of_ones_own(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load_script("eval/lm_eval_harness").main(
+        checkpoint_dir=STORIES,
+        precision="32-true",
+        eval_tasks=["our_choice"],
+        include_path=tasks,
+        save_filepath=tmp_path / "r.json",
+        limit=8,
+    )
     results = json.loads((tmp_path / "r.json").read_text())
     expected = evaluate(
         Assistant(STORIES, "32-true"),
@@ -177,7 +183,7 @@ def test_the_script_scores_a_task_of_ones_own(tasks: Path, tmp_path: Path) -> No
         include_paths=[tasks],
     )
     assert results["results"]["our_choice"]["acc,none"] == expected["results"]["our_choice"]["acc,none"]
-    assert f"{results['results']['our_choice']['acc,none']:.4f}" in done.stdout
+    assert f"{results['results']['our_choice']['acc,none']:.4f}" in capsys.readouterr().out
     assert results["config"]["limit"] == 8
 
 

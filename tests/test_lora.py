@@ -165,12 +165,10 @@ def test_factors_of_another_shape_are_all_named(tmp_path: Path) -> None:
     "shape", [(1, 64, 96, 8), (2, 32, 32, 1), (37, 96, 64, 4), (131, 576, 192, 12), (150, 64, 1536, 16)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("as_pairs", [True, False])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_the_update_in_c_is_the_definition(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, as_pairs: bool, p: float, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int, int, int], dtype: torch.dtype, p: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused, "in_pairs", lambda: as_pairs and torch.cpu._is_avx512_bf16_supported())
     torch.manual_seed(0)
     n, n_in, n_out, r = shape
     layer = lora.LoRALinear(torch.nn.Linear(n_in, n_out, dtype=dtype), LoRASettings(r=r, alpha=3 * r, dropout=p))
@@ -184,7 +182,7 @@ def test_the_update_in_c_is_the_definition(
     y = layer(x)
     grad = torch.randn_like(y)
     y.backward(grad)
-    widened = dtype == torch.bfloat16 and not (as_pairs and fused._FUNCTIONS.with_pairs)
+    widened = dtype == torch.bfloat16 and not fused._as_pairs(x)
     assert ran == ["update", "update_backward"] * (r <= (fused.HIGHEST_WIDENED if widened else fused.HIGHEST))
 
     torch.manual_seed(7)
@@ -258,12 +256,8 @@ def test_the_update_in_c_takes_what_layers_give_it() -> None:
 @pytest.mark.usefixtures("processor")
 @pytest.mark.skipif(not rows.available(), reason="no C compiler")
 @pytest.mark.parametrize("kinds", ["float32 float32", "bfloat16 bfloat16", "float32 bfloat16"])
-@pytest.mark.parametrize("as_pairs", [True, False])
-def test_a_norms_result_is_made_again_rather_than_kept(
-    kinds: str, as_pairs: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_norms_result_is_made_again_rather_than_kept(kinds: str) -> None:
     """With the same bits, also where the residual stream is wider than what the layers compute in."""
-    monkeypatch.setattr(fused, "in_pairs", lambda: as_pairs and torch.cpu._is_avx512_bf16_supported())
     torch.manual_seed(0)
     stream, dtype = (getattr(torch, kind) for kind in kinds.split())
     layer = lora.LoRALinear(torch.nn.Linear(96, 64, dtype=dtype), LoRASettings(r=8, dropout=0.3))

@@ -15,7 +15,6 @@ SHAPES = [(own.FEWEST, 32, 32), (own.FEWEST + 1, 96, 32), (77, 32, 2048), (131, 
 @pytest.fixture
 def in_c(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     """Products in C wherever this processor has them, be they faster or not; the dtypes of those that ran."""
-    monkeypatch.setattr(own, "in_pairs", torch.cpu._is_avx512_bf16_supported)
     monkeypatch.setattr(own, "_by_amd", lambda: True)
     monkeypatch.setattr(products, "SLOW", frozenset())
     ran: list[torch.dtype] = []
