@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from lit_gpt import files, quantization, surgery
 from lit_gpt.config import Config
@@ -67,9 +68,17 @@ def kept_kind(folder: Path) -> str | None:
     return max(kinds, key=lambda kind: kinds[kind], default=None)
 
 
+class _NothingDrawn(TorchFunctionMode):
+    """What has no memory needs no numbers to begin with, for which torch imports its compiler: a second or two."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if getattr(func, "__module__", None) == "torch.nn.init" else func(*args, **kwargs)
+
+
 def hollow(config: Config) -> GPT:
     """The model without memory: every parameter on the meta device."""
-    with torch.device("meta"):
+    with torch.device("meta"), _NothingDrawn():
         return GPT(config)
 
 

@@ -281,6 +281,13 @@ class LitGPT(TemplateLM):
         return texts
 
 
+def _manager(tasks: Sequence[str], include_paths: Sequence[Path]) -> TaskManager:
+    """What knows the tasks: only those of one's own where no other is named, since lm-eval's are thousands of files."""
+    paths: list[str | Path] = [str(path) for path in include_paths]
+    own = TaskManager(include_path=paths, include_defaults=False)
+    return own if set(tasks) <= set(own.all_subtasks) else TaskManager(include_path=paths)
+
+
 def evaluate(
     assistant: Assistant,
     tasks: Sequence[str],
@@ -294,7 +301,7 @@ def evaluate(
     """lm-eval's results of the tasks. Raises ValueError for a task that is not known."""
     import lm_eval
 
-    manager = TaskManager(include_path=[str(path) for path in include_paths])
+    manager = _manager(tasks, include_paths)
     results = lm_eval.simple_evaluate(
         LitGPT(assistant, batch_size),
         tasks=find_tasks(tasks, manager),

@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,15 @@ def copy(folder: Path) -> Path:
 
 def states(folder: Path) -> dict[str, torch.Tensor]:
     return checkpoint.load_model(folder, torch.float32).state_dict()
+
+
+def test_loading_does_not_wait_for_torchs_compiler() -> None:
+    """Whose import takes longer than that of torch."""
+    code = (
+        "import sys; from pathlib import Path; import torch; from lit_gpt import checkpoint; "
+        "checkpoint.load_model(Path(sys.argv[1]), torch.float32); assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, STORIES], check=True)
 
 
 @pytest.mark.parametrize("layout", ["one file", "shards", "bin", "converted", "converted in bfloat16"])

@@ -163,6 +163,25 @@ def test_the_originals_task_names_are_understood(manager: TaskManager) -> None:
     assert find_tasks(["truthfulqa_mc"], manager) == ["truthfulqa_mc1", "truthfulqa_mc2"]
 
 
+@pytest.mark.parametrize(
+    ("wanted", "with_theirs"),
+    [(["our_choice", "our_greedy"], False), (["our_choice", "piqa"], True), (["our_*"], True)],
+)
+def test_lm_evals_tasks_are_read_only_where_one_of_them_may_be_meant(
+    wanted: list[str], with_theirs: bool, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    monkeypatch.setattr(
+        evaluation,
+        "TaskManager",
+        lambda include_path, include_defaults=True: (
+            read.append(include_defaults) or TaskManager(include_path=include_path, include_defaults=False)
+        ),
+    )
+    assert set(evaluation._manager(wanted, [tasks]).all_tasks) == set(TASKS)
+    assert read[-1] == with_theirs
+
+
 def test_the_script_scores_a_task_of_ones_own(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     load_script("eval/lm_eval_harness").main(
         checkpoint_dir=STORIES,
