@@ -69,7 +69,7 @@ def kept_kind(folder: Path) -> str | None:
 
 
 class _NothingDrawn(TorchFunctionMode):
-    """What has no memory needs no numbers to begin with, for which torch imports its compiler: a second or two."""
+    """What has no memory needs no numbers to begin with; to draw them torch would import its compiler, for seconds."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

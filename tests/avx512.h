@@ -1,5 +1,5 @@
-/* AVX512 and its pairs of bfloat16 in plain C, as far as lit_gpt/kernels asks for them: what that computes there can then be
-   tested on processors without (see `processor` in conftest.py). */
+/* AVX512 and, with WITH_BF16, its pairs of bfloat16 in plain C, as far as lit_gpt/kernels asks for them: what that computes
+   there can then be tested on processors without (see `processor` in conftest.py). Sums too small to be normal stay. */
 
 #pragma once
 
@@ -34,9 +34,9 @@ static inline __m512 paired_products(__m512 sums, __m512bh a, __m512bh b) { /* t
         out[i] = fmaf(of_bf16(x[2 * i]), of_bf16(y[2 * i]), fmaf(of_bf16(x[2 * i + 1]), of_bf16(y[2 * i + 1]), out[i]));
     return (__m512)out;
 }
-static inline __m256bh rounded(__m512 a) {
+static inline __m256bh rounded(const __m512 *from) { /* its caller in tiles.c has registers that this has not */
     uint16_t out[16];
-    for (int i = 0; i < 16; i++) out[i] = bf16_of(((floats16)a)[i]);
+    for (int i = 0; i < 16; i++) out[i] = bf16_of(((floats16)*from)[i]);
     return (__m256bh)_mm256_loadu_si256((const __m256i *)out);
 }
 static inline __m512bh rounded_two(__m512 upper, __m512 lower) {
@@ -117,7 +117,7 @@ static inline void stored(void *to, __m512i a) { memcpy(to, &a, 64); }
 
 #undef _mm512_setr_epi32
 #define _mm512_dpbf16_ps paired_products
-#define _mm512_cvtneps_pbh rounded
+#define _mm512_cvtneps_pbh(a) rounded((__m512[]){a})
 #define _mm512_cvtne2ps_pbh rounded_two
 #define _mm512_reduce_add_ps sum_of
 #define _mm512_cvtepu8_epi16 widened_bytes
@@ -150,4 +150,6 @@ static inline void stored(void *to, __m512i a) { memcpy(to, &a, 64); }
 #define _mm512_srli_epi16(a, n) ((__m512i)((halves32)(a) >> (n)))
 
 #define __AVX512F__ 1
+#ifdef WITH_BF16
 #define __AVX512BF16__ 1
+#endif

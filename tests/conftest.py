@@ -59,11 +59,16 @@ def body(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 PROCESSOR, WITH_PAIRS = torch.backends.cpu.get_cpu_capability(), torch.cpu._is_avx512_bf16_supported()
-# What the bodies in C are written for, as torch calls it; and whether pairs of bfloat16 are multiplied as such.
-KINDS = {"AVX2": ("AVX2", False), "AVX512": ("AVX512", False), "AVX512 in pairs": ("AVX512", True)}
+# What the bodies in C are written for: as torch calls it; with bfloat16; and whether its pairs are multiplied as such.
+KINDS = {
+    "AVX2": ("AVX2", False, False),
+    "AVX512": ("AVX512", False, False),
+    "AVX512 with bfloat16": ("AVX512", True, False),
+    "AVX512 in pairs": ("AVX512", True, True),
+}
 if PROCESSOR not in kernels.PROCESSORS:
-    KINDS = {PROCESSOR: (PROCESSOR, False)}
-AVX512 = ROOT / "tests" / "avx512.h"
+    KINDS = {PROCESSOR: (PROCESSOR, False, False)}
+IMITATION = ROOT / "tests" / "avx512.h"
 LIBRARIES = (kernels.compiled, few_tokens._library, block._library, tiles._library)
 FUNCTIONS = tuple(room._FUNCTIONS for room in (attention, four_bits, lora, products, rows))
 
@@ -71,7 +76,8 @@ FUNCTIONS = tuple(room._FUNCTIONS for room in (attention, four_bits, lora, produ
 @pytest.fixture(params=KINDS)
 def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The bodies in C as for each kind of processor; AVX512 is imitated where this one has not got it."""
-    capability, in_pairs = KINDS[request.param]
+    capability, with_bf16, in_pairs = KINDS[request.param]
+    compiles = rows.available()
 
     def forget() -> None:
         for library in LIBRARIES:
@@ -83,20 +89,24 @@ def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     for room in (attention, lora, products):
         monkeypatch.setattr(room, "in_pairs", lambda: in_pairs)
-    if imitated := capability == "AVX512" and not (WITH_PAIRS if in_pairs else PROCESSOR == "AVX512"):
-        version = hashlib.sha256(AVX512.read_bytes()).hexdigest()[:16]  # libraries are kept by their compiler's command
-        flags = [*kernels.PROCESSORS["AVX2"], "-Wno-psabi", "-include", str(AVX512), f"-DIMITATION={version}"]
-        monkeypatch.setitem(kernels.PROCESSORS, "AVX512", flags)
-    if anew := imitated or capability != PROCESSOR:
-        forget()
+    imitated = capability == "AVX512" and not (WITH_PAIRS if with_bf16 else PROCESSOR == "AVX512")
+    if imitated:  # libraries are kept by the compiler's command, which tells the imitation's version therefore
+        version = hashlib.sha256(IMITATION.read_bytes()).hexdigest()[:16]
+        flags = ["-Wno-psabi", "-include", str(IMITATION), f"-DVERSION={version}", *["-DWITH_BF16"] * with_bf16]
+        monkeypatch.setitem(kernels.PROCESSORS, "AVX512", [*kernels.PROCESSORS["AVX2"], *flags])
+    if imitated or not with_bf16:
+        monkeypatch.setattr(kernels, "DOT_PRODUCTS", [])
+    forget()
+    for functions in FUNCTIONS if compiles else ():
+        assert functions.library is not None
+        assert functions in (four_bits._FUNCTIONS, rows._FUNCTIONS) or functions.with_pairs == with_bf16
     yield
-    if anew:
-        forget()
+    forget()
 
 
-# For bodies in C that know no other way to multiply.
-each_way_once = pytest.mark.parametrize(
-    "processor", [kind for kind, (_, in_pairs) in KINDS.items() if not in_pairs], indirect=True
+# For bodies in C that do not ask whether pairs are multiplied.
+without_pairs = pytest.mark.parametrize(
+    "processor", [kind for kind, (_, _, in_pairs) in KINDS.items() if not in_pairs], indirect=True
 )
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import PROCESSOR, each_way_once
+from conftest import PROCESSOR, without_pairs
 from torch import nn
 
 from lit_gpt import decoding, kernels, lora, quantization
@@ -19,7 +19,7 @@ from lit_gpt.surgery import swap
 needs_kernel = pytest.mark.skipif(
     PROCESSOR not in kernels.PROCESSORS or not rows.available(), reason="neither AVX2 nor AVX512, or no C compiler"
 )
-pytestmark = [pytest.mark.usefixtures("processor"), each_way_once]
+pytestmark = [pytest.mark.usefixtures("processor"), without_pairs]
 
 
 @needs_kernel

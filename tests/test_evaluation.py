@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, STORIES, load_script
+from conftest import ROOT, STORIES, run_script
 
 lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.models.huggingface import HFLM  # noqa: E402
@@ -179,18 +179,12 @@ def test_lm_evals_tasks_are_read_only_where_one_of_them_may_be_meant(
         ),
     )
     assert set(evaluation._manager(wanted, [tasks]).all_tasks) == set(TASKS)
-    assert read[-1] == with_theirs
+    assert read == [False] + [True] * with_theirs
 
 
-def test_the_script_scores_a_task_of_ones_own(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    load_script("eval/lm_eval_harness").main(
-        checkpoint_dir=STORIES,
-        precision="32-true",
-        eval_tasks=["our_choice"],
-        include_path=tasks,
-        save_filepath=tmp_path / "r.json",
-        limit=8,
-    )
+def test_the_script_scores_a_task_of_ones_own(tasks: Path, tmp_path: Path) -> None:
+    flags = ("--checkpoint_dir", STORIES, "--include_path", tasks, "--eval_tasks", "[our_choice]", "--limit", 8)
+    done = run_script("eval/lm_eval_harness", *flags, "--save_filepath", tmp_path / "r.json", "--precision", "32-true")
     results = json.loads((tmp_path / "r.json").read_text())
     expected = evaluate(
         Assistant(STORIES, "32-true"),
@@ -202,7 +196,7 @@ def test_the_script_scores_a_task_of_ones_own(tasks: Path, tmp_path: Path, capsy
         include_paths=[tasks],
     )
     assert results["results"]["our_choice"]["acc,none"] == expected["results"]["our_choice"]["acc,none"]
-    assert f"{results['results']['our_choice']['acc,none']:.4f}" in capsys.readouterr().out
+    assert f"{results['results']['our_choice']['acc,none']:.4f}" in done.stdout
     assert results["config"]["limit"] == 8
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import STORIES, each_way_once, load_script, run_script
+from conftest import STORIES, load_script, run_script, without_pairs
 from twins import make_twin
 
 from lit_gpt import checkpoint, files, lora, products, quantization
@@ -65,7 +65,7 @@ def test_codes_and_scales_are_bitsandbytes_own(shape: tuple, kind: str) -> None:
 @pytest.mark.parametrize("levels", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.usefixtures("processor")
-@each_way_once
+@without_pairs
 def test_codes_in_c_are_those_of_the_plain_body(
     levels: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,7 +336,7 @@ def test_a_tied_head_is_not_quantized_apart(stories: Path) -> None:
 
 # With and without a last block that is whole.
 @pytest.mark.usefixtures("processor")
-@each_way_once
+@without_pairs
 @pytest.mark.parametrize("in_c", [True, False])
 @pytest.mark.parametrize("shape", [(7, 63), (33, 50), (64, 96), (40, 1536)])
 @pytest.mark.parametrize("kind", ["bnb.nf4", "bnb.fp4-dq"])

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -29,7 +30,10 @@ def _program() -> "subprocess.Popen[str]":
 
 
 def run(script: Path, flags: Sequence[str], cwd: Path) -> "subprocess.CompletedProcess[str]":
-    """Run a script as `python script *flags` would, with this process's environment; one that hangs is stopped."""
+    """Run a script as `python script *flags` would, with the environment of now but for what imports read of it.
+
+    Raises TimeoutError for one that hangs.
+    """
     program = _program()
     assert program.stdin is not None
     assert program.stdout is not None
@@ -38,8 +42,12 @@ def run(script: Path, flags: Sequence[str], cwd: Path) -> "subprocess.CompletedP
         argv = [str(script), *flags]
         request = {"argv": argv, "env": dict(os.environ), "cwd": str(cwd), "said": [str(path) for path in said]}
         print(json.dumps(request), file=program.stdin, flush=True)
-        status = int(program.stdout.readline())
-        return subprocess.CompletedProcess(argv, status, *(path.read_text() for path in said))
+        answer = program.stdout.readline()
+        assert answer, "the process that starts scripts has ended"
+        done = subprocess.CompletedProcess(argv, int(answer), *(path.read_text() for path in said))
+    if done.returncode == -signal.SIGALRM:
+        raise TimeoutError(f"{argv} took longer than {LONGEST} s:\n{done.stdout}\n{done.stderr}")
+    return done
 
 
 def _become(argv: list[str], env: Mapping[str, str], cwd: str, said: Sequence[str]) -> None:
@@ -74,8 +82,13 @@ if __name__ == "__main__":
         status = 0
     except SystemExit as stop:
         status = stop.code
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
