@@ -112,7 +112,6 @@ static inline __m512i loaded(const void *from) {
     memcpy(&out, from, 64);
     return out;
 }
-
 static inline void stored(void *to, __m512i a) { memcpy(to, &a, 64); }
 
 #undef _mm512_setr_epi32

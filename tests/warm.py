@@ -57,7 +57,7 @@ def _become(argv: list[str], env: Mapping[str, str], cwd: str, said: Sequence[st
     for number, path in enumerate((os.devnull, *said)):
         os.dup2(os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT), number)
     signal.alarm(LONGEST)
-    sys.argv, sys.path[0] = argv, str(Path(argv[0]).parent)
+    sys.argv, sys.path[0] = argv, str(Path(argv[0]).parent)  # as Python does for a script
 
 
 def _wait() -> None:
