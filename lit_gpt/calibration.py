@@ -5,7 +5,9 @@ adds to the output, later ones can take back, and later layers some of what is l
 plain quantization finds, so that every 4-bit kind, layer and kernel works as before.
 """
 
-from collections.abc import Callable, Sequence
+import fnmatch
+import re
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -16,6 +18,7 @@ import torch
 from torch import nn
 
 from lit_gpt import checkpoint, files, quantization
+from lit_gpt.config import Config
 from lit_gpt.data import open_prepared
 from lit_gpt.interop import bnb
 from lit_gpt.quantization import Linear4bit, levels_of
@@ -132,12 +135,13 @@ def open_rows(checkpoint_dir: Path, data_dirs: Sequence[Path], n_tokens: int, se
 class _Choosing:
     """Hooks of a model that rows are passing: each block runs as in the full model, then with layers quantized.
 
-    A layer is quantized when its inputs are there that the quantized ones before it made.
+    A layer is quantized when its inputs are there that the quantized ones before it made. One that is skipped only
+    takes back what those have lost.
     """
 
-    def __init__(self, folder: Path, kind: str):
-        self.folder, self.kind = folder, kind
-        self.layers: dict[str, Linear4bit] = {}
+    def __init__(self, folder: Path, kind: str, skip: Collection[str]):
+        self.folder, self.kind, self.skip = folder, kind, skip
+        self.weights: dict[str, Linear4bit | torch.Tensor] = {}
         self.errors = Errors()
         self.state: torch.Tensor | None = None  # of the full model, after the last block
         self.is_full = False
@@ -164,14 +168,18 @@ class _Choosing:
         weight, dtype = linear.weight.detach(), linear.weight.dtype
         if not bool((moments + lost).isfinite().all()):
             raise ValueError(f"{self.folder}: on these rows {name} is given numbers that are not finite in {dtype}")
-        layer = quantize(weight, self.kind)
         aim = aimed_at(weight.float(), moments, lost)
+        if f"{name}.weight" in self.skip:
+            linear.weight.data = aim.to(dtype)
+            self.weights[f"{name}.weight"] = linear.weight.data.cpu()
+            return
+        layer = quantize(weight, self.kind)
         before = layer.dense(torch.float32)
         choose_codes(layer, aim, moments)
         after = layer.dense(torch.float32)
         self.errors.add(aim, moments, before, after)
         linear.weight.data = after.to(dtype)
-        self.layers[f"{name}.weight"] = layer.cpu()
+        self.weights[f"{name}.weight"] = layer.cpu()
 
 
 def quantize(weight: torch.Tensor, kind: str) -> Linear4bit:
@@ -188,17 +196,20 @@ def calibrate(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     ran: Callable[[], None] = lambda: None,
-) -> tuple[dict[str, Linear4bit], Errors]:
+    skip: Collection[str] = (),
+) -> tuple[dict[str, Linear4bit | torch.Tensor], Errors]:
     """Layers of a checkpoint in a 4-bit kind, by their weights' names, and how far off they are.
 
     One pass of the rows (T,), laid end to end, through the model: each layer is quantized when it is first used, so
     that it sees what the quantized ones before it give, beside what it would see in the full model. One block's weights
     are there at a time, in `dtype`, from which they are quantized; `ran` is called after each. Experts that no token
-    goes to keep the nearest codes. Raises ValueError where the rows make numbers that are not finite.
+    goes to keep the nearest codes. Of the weights to `skip` come full ones, in `dtype`, that take back what was lost
+    before them; experts', which other tokens go to then, stay as they were. Raises ValueError where the rows make
+    numbers that are not finite.
     """
     model = checkpoint.load_by_block(folder, dtype, ran, device=device)
-    choosing = _Choosing(folder, kind)
     names = [name for name, module in model.named_modules() if quantization.quantizable(name, module, kind)]
+    choosing = _Choosing(folder, kind, skip)
     for block in model.transformer.h:
         block.register_forward_pre_hook(choosing.begin)
     for name in names:
@@ -206,12 +217,33 @@ def calibrate(
     lengths = [len(row) for row in rows]
     with torch.no_grad():
         model.transformer(torch.cat(list(rows))[None].to(device), lengths)
-    layers = choosing.layers
-    if unasked := {f"{name}.weight" for name in names} - set(layers):
+    found = choosing.weights
+    if unasked := {f"{name}.weight" for name in names} - set(skip) - set(found):
         for name, weight in checkpoint.Weights.from_folder(folder):
             if name in unasked:
-                layers[name] = quantize(weight, kind)
-    return layers, choosing.errors
+                found[name] = quantize(weight, kind)
+    return found, choosing.errors
+
+
+def named(config: Config, kind: str, parts: Sequence[str]) -> set[str]:
+    """The names of weights in which one of the parts is, such as `mlp.proj`, `h.0` for a block or `experts.*.up`.
+
+    Raises ValueError for a part that is in none, or if all weights that the kind quantizes are named.
+    """
+    names = checkpoint.quantizable(config, kind)
+    found: set[str] = set()
+    for part in parts:
+        of_part = set(fnmatch.filter(names, f"*.{part}.*"))
+        if not of_part:
+            known = sorted({re.sub(r"\.\d+\.", ".*.", name.split(".", 3)[3]).removesuffix(".weight") for name in names})
+            raise ValueError(
+                f"--skip_modules {part!r}: no layer is called so; there are h.0 to h.{config.n_layer - 1}, and in them "
+                f'{", ".join(known)}; several are named as "[mlp.proj,h.0]"'
+            )
+        found |= of_part
+    if found == names:
+        raise ValueError(f"--skip_modules {' '.join(parts)} leaves nothing to quantize; name fewer")
+    return found
 
 
 def write(
@@ -221,26 +253,34 @@ def write(
     folder: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
     dtype: torch.dtype | None = None,
+    skip: Sequence[str] = (),
 ) -> Errors:
     """Write `folder`, a complete checkpoint whose `lit_model.pth` holds the calibrated layers, all else as it was.
 
-    A weight in 4 bits lies there as transformers saves it, under our names. `dtype` is what the rows are run in, by
-    default this machine's best. `progress` hears the blocks done and all. Raises ValueError for a kind in which there
-    is nothing to choose, a source in 4 bits, or a folder that holds weights.
+    A weight in 4 bits lies there as transformers saves it, under our names; those that have one of the parts `skip` in
+    their names are in full. `dtype` is what the rows are run in, by default this machine's best. `progress` hears the
+    blocks done and all. Raises ValueError for a kind in which there is nothing to choose, a source in 4 bits, a folder
+    that holds weights, or a part that is in no name.
     """
     if kind == "bnb.int8" or kind.endswith(quantization.HEAD):
         raise ValueError(f"rows choose the 4-bit codes of the blocks' layers; --quantize {kind} has others")
-    if kept := checkpoint.kept_kind(source_dir):
+    kept, _ = checkpoint.kept_kind(source_dir)
+    if kept:
         raise ValueError(f"{source_dir} is in 4 bits already ({kept}); take the full weights that it was made from")
     if folder.is_file() or any(list(folder.glob(pattern)) for pattern, _ in files.WEIGHTS):
         raise ValueError(f"--out_dir {folder} holds weights, and adapters may need them; name a new folder")
-    folder.mkdir(parents=True, exist_ok=True)  # fails now, not after minutes
     weights = checkpoint.Weights.from_folder(source_dir)
+    skipped = named(weights.config, kind, skip)
+    folder.mkdir(parents=True, exist_ok=True)  # fails now, not after minutes
     n_blocks, done = weights.config.n_layer, count(1)
     dtype, device = dtype or resolve_precision(None, training=False).frozen, device_of_this_machine()
-    layers, errors = calibrate(source_dir, kind, rows, dtype, device, lambda: progress(next(done), n_blocks))
-    parts = {name: bnb.parts(name, layer, weights.metas[name].dtype) for name, layer in layers.items()}
-    metas = {name: meta for name, meta in weights.metas.items() if name not in layers}
+    chosen, errors = calibrate(source_dir, kind, rows, dtype, device, lambda: progress(next(done), n_blocks), skipped)
+    dtypes = {name: weights.metas[name].dtype for name in chosen}
+    parts = {
+        name: bnb.parts(name, made, dtypes[name]) if isinstance(made, Linear4bit) else {name: made.to(dtypes[name])}
+        for name, made in chosen.items()
+    }
+    metas = {name: meta for name, meta in weights.metas.items() if name not in parts}
     metas |= {name: tensor.to("meta") for part in parts.values() for name, tensor in part.items()}
     everything = (parts.get(name, {name: tensor}).items() for name, tensor in weights)
     files.save_streamed(folder / files.LIT_MODEL, metas, (item for items in everything for item in items))

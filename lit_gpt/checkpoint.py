@@ -58,14 +58,22 @@ def open_folder(folder: Path, *, original: bool = False) -> TensorSource:
     return bnb.FourBitSource(source) if bnb.FourBitSource.holds(source) else source
 
 
-def kept_kind(folder: Path) -> str | None:
-    """The 4-bit kind that most of a folder's layers are kept in already; None if none are, or weights are missing."""
+def kept_kind(folder: Path) -> tuple[str | None, int]:
+    """The 4-bit kind that most of a folder's layers are kept in already, and how many numbers were skipped.
+
+    Those of layers in full that the kind would have in 4 bits. None and 0 if none are kept so, or weights are missing.
+    """
     try:
-        source = open_folder(folder)
+        weights = Weights.from_folder(folder)
     except ValueError:  # said when they are loaded
-        return None
-    kinds = Counter(state["kind"] for state in source.states.values()) if isinstance(source, bnb.FourBitSource) else {}
-    return max(kinds, key=lambda kind: kinds[kind], default=None)
+        return None, 0
+    if not isinstance(weights.source, bnb.FourBitSource):
+        return None, 0
+    states = weights.source.states
+    kind, _ = Counter(str(state["kind"]) for state in states.values()).most_common(1)[0]
+    wanted = quantizable(weights.config, kind)
+    in_full = [name for step in weights.steps if step.theirs not in states for name in step.ours if name in wanted]
+    return kind, sum(weights.metas[name].numel() for name in in_full)
 
 
 class _NothingDrawn(TorchFunctionMode):
@@ -80,6 +88,12 @@ def hollow(config: Config) -> GPT:
     """The model without memory: every parameter on the meta device."""
     with torch.device("meta"), _NothingDrawn():
         return GPT(config)
+
+
+def quantizable(config: Config, kind: str) -> set[str]:
+    """The names of the weights that a kind quantizes."""
+    modules = hollow(config).named_modules()
+    return {f"{name}.weight" for name, module in modules if quantization.quantizable(name, module, kind)}
 
 
 def parameter_metas(model: GPT) -> dict[str, torch.Tensor]:
@@ -172,11 +186,7 @@ class Weights:
                 f"{self.source.where} has no head of its own to quantize: its embedding serves as one, and stays as it "
                 f"is; use --quantize {kind.removesuffix(quantization.HEAD)}"
             )
-        wanted = {
-            f"{owner}.weight"
-            for owner, module in hollow(self.config).named_modules()
-            if kind and quantization.quantizable(owner, module, kind)
-        }
+        wanted = quantizable(self.config, kind) if kind else set()
         for step in self.steps:
             for name, part in zip(step.ours, self._stored(step), strict=True):
                 made: torch.Tensor | QuantizedLinear = part

@@ -79,15 +79,9 @@ class DecodeBlock(nn.Module):
     Starting two dozen operators costs as much as reading a small model's weights. All else goes the usual way.
     """
 
-    LAYERS = (
-        "attn.q",
-        "attn.k",
-        "attn.v",
-        "attn.proj",
-        "mlp.gate",
-        "mlp.up",
-        "mlp.proj",
-    )  # in `one_call.Block`'s order
+    # In `one_call.Block`'s order. Layers that read the same input have to be of the same kind.
+    TOGETHER = (("attn.q", "attn.k", "attn.v"), ("attn.proj",), ("mlp.gate", "mlp.up"), ("mlp.proj",))
+    LAYERS = tuple(name for names in TOGETHER for name in names)
 
     def __init__(self, block: Block):
         super().__init__()
@@ -100,7 +94,8 @@ class DecodeBlock(nn.Module):
         sizes = (config.n_head, config.n_query_groups, config.head_size)
         self.as_c = one_call.Block(*weights, *norms, config.norm_eps, config.scale, *sizes)
         self.tiled = all(tiles.fits(2, (weight.n, weight.k)) for weight in weights)
-        self.most = one_call.MOST_TOKENS if not self.tiled or weights[0].scales else tiles.MOST_TOKENS
+        is_4bit = any(weight.scales for weight in weights)
+        self.most = one_call.MOST_TOKENS if is_4bit or not self.tiled else tiles.MOST_TOKENS
 
     @staticmethod
     def fits(block: Block) -> bool:
@@ -114,11 +109,11 @@ class DecodeBlock(nn.Module):
         usual &= all(change is None for change in unchanged) and config.rotates(attention.layer)
         if not (usual and one_call.available()):
             return False
-        bases = [_base(block.get_submodule(name)) for name in DecodeBlock.LAYERS]
+        bases = {name: _base(block.get_submodule(name)) for name in DecodeBlock.LAYERS}
         return (
-            len({type(base) for base in bases}) == 1
-            and isinstance(bases[0], FewTokensLinear | FewTokensLinear4bit)
-            and all(base.bias is None for base in bases)
+            all(isinstance(base, FewTokensLinear | FewTokensLinear4bit) for base in bases.values())
+            and all(len({type(bases[name]) for name in names}) == 1 for names in DecodeBlock.TOGETHER)
+            and all(base.bias is None for base in bases.values())
             and all(_plain(norm) for norm in _norms(block))
         )
 

@@ -85,15 +85,18 @@ class Job:
         if self.found is not None:
             self._compare(self.found, override)
         self.longest_rows = self.train_data.longest(train.micro_batch_size)
+        quantize, n_skipped = quantization.resolve(settings.get("quantize")), 0
+        if adapter and not quantize:
+            quantize, n_skipped = checkpoint.kept_kind(checkpoint_dir)
         self.memory = memory.Setting(
             PRECISIONS[settings["precision"]],
-            quantization.resolve(settings.get("quantize"))
-            or (checkpoint.kept_kind(checkpoint_dir) if adapter else None),
+            quantize,
             adapter,
             tuple(self.train_data.lengths()[self.longest_rows].tolist()),
             settings["activation_checkpointing"],
             settings["optimizer"],
             device_of_this_machine().type,
+            n_skipped,
         )
         self.plan = memory.plan_training(config, self.memory)
 

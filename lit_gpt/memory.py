@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -127,6 +128,7 @@ class Setting:
     activation_checkpointing: bool = False
     optimizer: str = "adamw"
     device: str = "cuda"  # or "cpu", where the program itself counts too
+    n_skipped: int = 0  # numbers of linear layers that are in full, though `quantize` is of their kind
 
 
 @contextmanager
@@ -174,12 +176,22 @@ def _by_depth(count: Callable[[Config, Setting], list[Counter[str]]], config: Co
             for less, much in zip(small, large, strict=True)
         ]
     found = max(phases, key=Counter.total)
+    found["weights"] += _more_for_skipped(setting)
     if setting.device == "cpu":
         passing = sum(found.get(part, 0) for part in ("activations", "logits", "workspace"))
         found["program"] = runtime.resident_bytes() + min(3 * passing, _cpu_rest(config, passing))
     else:
         found["workspace"] = found.get("workspace", 0) + GPU_REST
     return Plan({part: found[part] for part in PARTS if found.get(part)})
+
+
+def _more_for_skipped(setting: Setting) -> int:
+    """Bytes that layers in full take more than they would in few bits."""
+    if not setting.quantize or not setting.n_skipped:
+        return 0
+    in_few = quantization.empty(quantization.BLOCK, setting.n_skipped // quantization.BLOCK, setting.quantize)
+    few = sum(prod(shape) * dtype.itemsize for shape, dtype in in_few.layout().values())
+    return setting.n_skipped * setting.precision.frozen.itemsize - few
 
 
 def _cpu_rest(config: Config, passing: int) -> int:

@@ -61,11 +61,11 @@ def main(
     adapter = None if full else lora.LoRASettings.from_flags(lora_r, lora_r * 2, 0.05, **targets)
     kind = runtime.resolve_precision(precision or "bf16-mixed", training=True)
     rows = (min(max_seq_length, config.block_size),) * micro_batch_size
-    bits = quantization.resolve(quantize)
+    bits, n_skipped = quantization.resolve(quantize), 0
     if checkpoint_dir and adapter and not bits:
-        bits = checkpoint.kept_kind(checkpoint_dir)
+        bits, n_skipped = checkpoint.kept_kind(checkpoint_dir)
     limit = memory.parse_size(memory_limit) if memory_limit else None
-    setting = memory.Setting(kind, bits, adapter, rows, activation_checkpointing, optimizer, device)
+    setting = memory.Setting(kind, bits, adapter, rows, activation_checkpointing, optimizer, device, n_skipped)
     plan = memory.plan_training(config, setting)
     print(table(plan.rows(), f"training {config.name}"), end="\n\n")
     print(table(memory.plan_inference(config, setting).rows(), "inference, a prompt of as many tokens and 100 more"))

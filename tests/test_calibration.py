@@ -1,6 +1,8 @@
 """Codes chosen by what layers are asked: against the textbook's way, and from the script to a merged adapter."""
 
+import fnmatch
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,10 @@ from safetensors.torch import load_file
 from torch import nn
 from twins import make_twin
 
-from lit_gpt import calibration, checkpoint, files, memory, quantization, surgery
+from lit_gpt import calibration, checkpoint, files, memory, quantization, runtime, surgery
 from lit_gpt.adapter import Adapter
 from lit_gpt.args import EvalArgs, TrainArgs
+from lit_gpt.model import GPT
 from lit_gpt.quantization import Linear4bit
 
 pytest.importorskip("bitsandbytes")
@@ -148,6 +151,52 @@ def test_a_folder_loads_as_what_was_chosen(twin: str, tmp_path: Path) -> None:
     assert checkpoint.fingerprint(tmp_path / "out") != checkpoint.fingerprint(tmp_path / "m")
 
 
+@pytest.mark.parametrize(
+    ("twin", "names"),
+    [
+        ("llama-grouped", ("mlp.proj",)),
+        ("gpt2", ("attn.proj", "h.1")),
+        ("mixtral", ("attn.proj", "mlp.experts.*.proj")),
+    ],
+)
+def test_layers_that_are_skipped_stay_full_and_take_back_what_is_lost(
+    twin: str, names: tuple[str, ...], tmp_path: Path
+) -> None:
+    """In memory they take what is planned, and the model's states are nearer to the full one's for them."""
+    make_twin(twin, tmp_path / "m")
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(1, 101, (60,), generator=generator) for _ in range(20)]
+    full = checkpoint.load_model(tmp_path / "m", torch.float32)
+
+    @torch.no_grad()
+    def distance(model: GPT) -> float:
+        return sum(float((model.transformer(row[None]) - full.transformer(row[None])).norm()) for row in rows)
+
+    for folder, skip in (("all", ()), ("some", names)):
+        calibration.write(tmp_path / "m", "bnb.nf4-dq", rows, tmp_path / folder, dtype=torch.float32, skip=skip)
+    model = checkpoint.load_model(tmp_path / "some", torch.float32)
+    linears = {name for name, module in full.named_modules() if quantization.quantizable(name, module)}
+    skipped = {name for name in linears if any(fnmatch.fnmatch(f".{name}.", f"*.{part}.*") for part in names)}
+    assert {name for name, module in model.named_modules() if quantization.quantizable(name, module)} == skipped
+
+    n_skipped = sum(model.get_submodule(name).weight.numel() for name in skipped)
+    assert checkpoint.kept_kind(tmp_path / "some") == ("bnb.nf4-dq", n_skipped)
+    without = checkpoint.load_model(tmp_path / "all", torch.float32)
+    held, held_without = (sum(tensor.nbytes for tensor in m.state_dict().values()) for m in (model, without))
+    setting = memory.Setting(runtime.PRECISIONS["32-true"], "bnb.nf4-dq", None, (20,))
+    planned, planned_without = (
+        memory.plan_inference(model.config, replace(setting, n_skipped=n), 5).parts["weights"] for n in (n_skipped, 0)
+    )
+    # Of each layer the last scale's scale may be of fewer, and the offset is one more number.
+    assert abs((planned - planned_without) - (held - held_without)) <= 8 * len(skipped)
+
+    fitted = distance(model)
+    assert fitted < distance(without)
+    for name in skipped:
+        model.get_submodule(name).weight = full.get_submodule(name).weight
+    assert fitted < distance(model)  # they are not what they were
+
+
 def test_experts_that_no_token_goes_to_keep_the_nearest_codes(tmp_path: Path) -> None:
     make_twin("mixtral", tmp_path)
     layers, _ = calibration.calibrate(tmp_path, "bnb.nf4", [torch.tensor([7])], torch.float32)
@@ -172,7 +221,7 @@ def test_from_rows_to_a_merged_adapter(
     files.save(full / files.LIT_MODEL, plain)
     said = run_script(
         *("scripts/quantize_checkpoint", "--checkpoint_dir", full, "--quantize", "bnb.nf4"),
-        *("--data_dir", prepared, "--out_dir", base),
+        *("--data_dir", prepared, "--out_dir", base, "--skip_modules", "[mlp.proj,h.0]"),
     ).stdout
     assert "% with the nearest codes" in said
     planned, plan = [], memory.plan_training
@@ -192,6 +241,9 @@ def test_from_rows_to_a_merged_adapter(
     for folder, kind in ((base, None), (base, "bnb.fp4"), (full, None)):
         estimate(checkpoint_dir=folder, quantize=kind)
     assert [setting.quantize for setting in planned] == ["bnb.nf4", "bnb.nf4", "bnb.fp4", None]
+    _, n_skipped = checkpoint.kept_kind(base)
+    assert n_skipped > 0
+    assert [setting.n_skipped for setting in planned] == [n_skipped, n_skipped, 0, 0]
     found = Adapter.load(adapter)
     assert found.quantize is None
     assert found.base_fingerprint == checkpoint.fingerprint(base)
@@ -227,6 +279,9 @@ def test_from_rows_to_a_merged_adapter(
         ({"data_dir": None}, "go together"),
         ({"calibration_tokens": 0}, "at least 1"),
         ({"same": True}, "holds weights"),
+        ({"skip_modules": "mlp.prj"}, r"'mlp\.prj': no layer is called so; there are h\.0 to h.*mlp\.proj"),
+        ({"skip_modules": ["attn", "mlp"]}, "name fewer"),
+        ({"skip_modules": "mlp.proj", "data_dir": None, "out_dir": None}, "fitted to rows"),
         ({"base": "fitted"}, "in 4 bits already"),
     ],
 )

@@ -73,7 +73,7 @@ def test_rows_that_are_no_whole_blocks_do_not_fit() -> None:
     assert not decoding.FewTokensLinear4bit.fits(layer)  # type: ignore[arg-type]
 
 
-def tiny(kind: str | None = None, **changes: object) -> GPT:
+def tiny(kind: str | None = None, skip: tuple[str, ...] = (), **changes: object) -> GPT:
     torch.manual_seed(1)
     sizes = {"block_size": 64, "vocab_size": 96, "n_layer": 2, "n_head": 4, "n_query_groups": 2, "n_embd": 64}
     model = GPT(Config(**sizes | changes)).bfloat16().eval().requires_grad_(False)  # type: ignore[arg-type]
@@ -83,7 +83,7 @@ def tiny(kind: str | None = None, **changes: object) -> GPT:
     if kind:
         swap(
             model,
-            lambda name, module: quantization.quantizable(name, module, kind),
+            lambda name, module: quantization.quantizable(name, module, kind) and not name.endswith(skip or "none"),
             lambda name, module: quantization.quantize(module.weight.detach(), kind),  # type: ignore[arg-type]
         )
     return model
@@ -121,6 +121,26 @@ def test_the_laid_out_model_agrees(kind: str | None, prompts: list[list[int]]) -
     decoding.lay_out(model)
     assert not any(type(module) is Linear for module in model.modules())
     torch.testing.assert_close(steps(model, prompts), before, atol=0.03, rtol=0)  # numbers of size 1: seen 0.008
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("skip", "in_one"),
+    [
+        (("mlp.proj",), True),
+        (("attn.q", "attn.k", "attn.v", "mlp.proj"), True),
+        (("attn.k",), False),
+        (("mlp.up",), False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("prompts", [[[1, 2, 3]], [[1, 2, 3], [4, 5, 6, 7, 8]]], ids=["one", "batch"])
+def test_a_model_of_which_some_layers_are_in_full_agrees(skip: tuple, in_one: bool, prompts: list[list[int]]) -> None:
+    model = tiny("bnb.nf4", skip)
+    before = steps(model, prompts)
+    decoding.lay_out(model)
+    assert [isinstance(block, decoding.DecodeBlock) for block in model.transformer.h] == [in_one, in_one]
+    torch.testing.assert_close(steps(model, prompts), before, atol=0.03, rtol=0)
 
 
 def test_weights_that_are_stored_transposed_are_read_right() -> None:
