@@ -36,6 +36,7 @@ class Progress:
         self.title, self.total, self.begun, self.every_s, self.enabled = title, total, begun, every_s, enabled
         self.started = time.monotonic()
         self._said = self.started + 2.0 - every_s
+        self._first: tuple[float, float] | None = None  # when the first step was over, and what was done then
         self._bar: Any = None
 
     def __enter__(self) -> "Progress":
@@ -57,15 +58,16 @@ class Progress:
         return self
 
     def update(self, done: float, figures: str = "") -> None:
-        """Say how much of the total is done."""
+        """Say how much is done and, from the second time on, how long the rest takes: a first step begins cold."""
         now = time.monotonic()
+        self._first = at, before = self._first or (now, done)
         if self._bar is not None:
             self._bar.update(self._task, completed=done, figures=figures)
         elif self.enabled and (now - self._said >= self.every_s or (done >= self.total and self._said > self.started)):
             self._said = now
             share = done / self.total if self.total else 1.0
-            left = (now - self.started) * (self.total - done) / (done - self.begun) if done > self.begun else 0.0
-            parts = [f"{self.title} {share:4.0%}", figures, f"{duration(left)} left" if share < 1 else "done"]
+            left = f"{duration((now - at) * (self.total - done) / (done - before))} left" if done > before else ""
+            parts = [f"{self.title} {share:4.0%}", figures, left if share < 1 else "done"]
             print(" | ".join(part for part in parts if part), file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:

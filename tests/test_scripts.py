@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, ROWS, STORIES, load_script, run_script
 
-from lit_gpt import checkpoint, lora, merging, training
+from lit_gpt import checkpoint, lora, merging, report, training
 from lit_gpt.adapter import Adapter
 from lit_gpt.args import EvalArgs, TrainArgs
 from lit_gpt.lora import LoRASettings
@@ -300,3 +300,23 @@ def test_bad_input_is_one_clear_line(case: str, stories: Path, prepared: Path, t
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert before == {path: path.stat().st_mtime_ns for path in [*stories.iterdir(), *prepared.iterdir()]}
+
+
+def test_progress_is_said_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of four steps takes 100 s for what it has to import, the others 20 s each."""
+    clock = iter([0, 100, 120, 140, 160])
+    monkeypatch.setattr(report.time, "monotonic", lambda: next(clock))
+    with report.Progress("loading", 4) as progress:
+        for done in range(1, 5):
+            progress.update(done, "fast" if done == 2 else "")
+    lines = ["loading  25%", "loading  50% | fast | 0:40 left", "loading  75% | 0:20 left", "loading 100% | done"]
+    assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_work_that_is_over_in_two_seconds_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with report.Progress("loading", 2) as progress:
+        progress.update(1)
+        progress.update(2)
+    assert not capsys.readouterr().err
