@@ -1,13 +1,15 @@
-"""How cost grows: a step's time and memory with the length of its rows, and a run's start with the number of rows.
+"""How cost grows: a step's time and memory with its rows' length, its memory with its tokens, a start with the rows.
 
-Usage: python benchmarks/growth.py   (after `make quickstart` has fetched the model; six minutes)
+Usage: python benchmarks/growth.py   (after `make quickstart` has fetched the model; seven minutes)
 Each micro-batch holds 4,096 tokens, in rows of one length. What attention takes is found by leaving it out.
 """
 
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -16,6 +18,7 @@ import torch
 from lit_gpt import attention, checkpoint, files, lora, memory, runtime
 from lit_gpt.data import Batch, PreparedSet
 from lit_gpt.lora import LoRASettings
+from lit_gpt.model import GPT
 from lit_gpt.report import table
 from lit_gpt.training import permutation, train_step
 
@@ -28,24 +31,55 @@ def without_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: ob
     return q + (k + v).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
 
 
-def main() -> None:
+def prepared() -> tuple[GPT, Callable[[Batch], float]]:
+    """The model, and what takes a step with a batch and tells its seconds."""
     model = checkpoint.load_model(MODEL, torch.bfloat16)
     lora.attach(model, LoRASettings())
     fabric = runtime.launch(runtime.resolve_precision("bf16-true", training=True))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     wrapped, optimizer = fabric.setup(model, optimizer)
+
+    def step(batch: Batch) -> float:
+        started = time.perf_counter()
+        train_step(fabric, wrapped, optimizer, [batch], max_norm=1.0)
+        return time.perf_counter() - started
+
+    return model, step
+
+
+def batch_of(n_tokens: int, length: int) -> Batch:
+    tokens = torch.randint(0, 49152, (1, n_tokens))
+    return Batch(tokens, tokens.roll(-1, 1), (length,) * (n_tokens // length))
+
+
+def peak(n_tokens: int) -> None:
+    """Of two steps with rows of 512 tokens, in GB, printed; for a process of its own."""
+    runtime.keep_memory()
+    _, step = prepared()
+    for _ in range(2):
+        step(batch_of(n_tokens, 512))
+    print(runtime.peak_memory_gb())
+
+
+def main() -> None:
+    # First, since a process begins with the peak of the one that has started it.
+    sizes, peaks = [512, 1024, 2048, 4096, 8192], []
+    for n_tokens in sizes:
+        command = [sys.executable, __file__, "peak", str(n_tokens)]
+        peaks.append(float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
+    rows = [("tokens of a micro-batch", "peak, GB", "more for each 1,000 tokens, GB"), ("512", f"{peaks[0]:.2f}", "")]
+    for i in range(1, len(sizes)):
+        more = 1000 * (peaks[i] - peaks[i - 1]) / (sizes[i] - sizes[i - 1])
+        rows.append((f"{sizes[i]:,}", f"{peaks[i]:.2f}", f"{more:.2f}"))
+    print(table(rows) + "\n")
+
+    model, step = prepared()
     rows = [("tokens per row", "tokens/s", "without attention", "planned activations, GB")]
     for length in (128, 256, 512, 1024, 2048, 4096):
-        tokens = torch.randint(0, 49152, (1, N_TOKENS))
-        batch = Batch(tokens, tokens.roll(-1, 1), (length,) * (N_TOKENS // length))
+        batch = batch_of(N_TOKENS, length)
 
         def speed(batch: Batch = batch) -> float:
-            seconds = []
-            for _ in range(4):
-                started = time.perf_counter()
-                train_step(fabric, wrapped, optimizer, [batch], max_norm=1.0)
-                seconds.append(time.perf_counter() - started)
-            return N_TOKENS / statistics.median(seconds[1:])
+            return N_TOKENS / statistics.median([step(batch) for _ in range(4)][1:])
 
         whole = speed()
         with mock.patch.object(attention, "attend", without_attention):
@@ -73,4 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    peak(int(sys.argv[2])) if sys.argv[1:2] == ["peak"] else main()
