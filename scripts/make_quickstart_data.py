@@ -13,17 +13,32 @@ EVENTS = (
     "breakfast,band practice,tax appointment,dance class,physio session,driving lesson,vet visit"
 ).split(",")
 PEOPLE = (
-    "Anna,Ben,Clara,David,Emma,Frank,Grace,Henry,Ivy,Jack,Karen,Leo,Maria,Nick,Olga,Paul,Rosa,"
-    "Sam,Tina,Victor,Wendy,Adam,Bella,Carlos,Diana,Eric,Fiona,George,Hannah,Ian,Julia,Kevin,"
-    "Laura,Martin,Nora,Oscar,Petra,Robert,Sarah,Tom,Alice,Bruno,Cora,Daniel,Elena,Felix,Gina,"
-    "Hugo,Irene,James,Kate,Lucas,Mia,Noah,Olivia,Peter,Ruth,Simon,Theo,Vera,Amir,Beth,Chloe,"
-    "Derek,Esther,Fred,Gloria,Harry,Isabel,Jonas,Kim,Linda,Max,Nina,Owen,Paula,Ryan,Stella,"
-    "Toby,Zoe"
+    "Abigail,Adam,Adrian,Agnes,Alan,Alex,Alfred,Alice,Amanda,Amelia,Amir,Amy,Andrea,Andrew,Angela,Anita,Anna,Antonio,"
+    "Arthur,Audrey,Barbara,Bella,Ben,Bernard,Beth,Brenda,Brian,Bridget,Bruno,Cameron,Camille,Carla,Carlos,Caroline,"
+    "Catherine,Cecilia,Charles,Charlotte,Chloe,Christian,Christine,Clara,Colin,Connor,Cora,Craig,Cynthia,Daisy,Dana,"
+    "Daniel,David,Deborah,Dennis,Derek,Diana,Diego,Dominic,Donald,Dorothy,Douglas,Dylan,Edgar,Edith,Edward,Eleanor,"
+    "Elena,Eliza,Emily,Emma,Enrique,Eric,Erica,Ernest,Esther,Ethan,Eva,Evelyn,Fatima,Felix,Fernando,Fiona,Francis,"
+    "Frank,Fred,Gabriel,Gavin,Geoffrey,George,Gerald,Gina,Giovanni,Gloria,Gordon,Grace,Graham,Greta,Gustav,Hannah,"
+    "Harold,Harriet,Harry,Heather,Heidi,Helen,Henry,Herbert,Hilda,Howard,Hubert,Hugo,Ian,Ines,Ingrid,Irene,Irma,"
+    "Isaac,Isabel,Ivan,Ivy,Jack,Jacob,James,Jane,Janet,Jasmine,Jason,Jeffrey,Jennifer,Jeremy,Jerome,Jessica,Joan,"
+    "Joel,Johanna,Jonas,Jonathan,Joseph,Judith,Julia,Julian,Justin,Karen,Karl,Kate,Katherine,Keith,Kenneth,Kevin,Kim,"
+    "Kirsten,Lars,Laura,Lauren,Lawrence,Leah,Leo,Leonard,Lewis,Liam,Lily,Linda,Logan,Lorenzo,Louis,Louise,Lucas,Lucy,"
+    "Luigi,Lydia,Magnus,Malcolm,Marcus,Margaret,Maria,Marion,Mark,Martin,Matilda,Matthew,Maurice,Max,Megan,Melanie,"
+    "Mia,Michael,Miriam,Mohammed,Molly,Monica,Nadia,Naomi,Natalie,Nathan,Neil,Nick,Nicole,Nigel,Nina,Noah,Nora,"
+    "Norman,Olga,Oliver,Olivia,Ophelia,Oscar,Owen,Patricia,Patrick,Paul,Paula,Pedro,Penelope,Peter,Petra,Philip,"
+    "Phoebe,Priya,Quentin,Rachel,Ralph,Raymond,Rebecca,Regina,Richard,Rita,Robert,Roger,Roland,Ronald,Rosa,Rosemary,"
+    "Rupert,Ruth,Ryan,Sabrina,Salma,Sam,Samuel,Sandra,Sarah,Sebastian,Selma,Sharon,Sheila,Sidney,Simon,Sonia,Sophie,"
+    "Stanley,Stella,Stephen,Susan,Sylvia,Teresa,Theo,Thomas,Timothy,Tina,Toby,Tom,Trevor,Ursula,Valerie,Vanessa,Vera,"
+    "Veronica,Victor,Vincent,Violet,Walter,Wanda,Wendy,Wilfred,William,Xavier,Yasmin,Yusuf,Zara,Zoe"
 ).split(",")
 NAMES = (
-    "Maple,Oak,River,Park,Station,Market,Garden,Church,Castle,Lake,Hill,Bridge,Harbour,Forest,"
-    "School,Mill,King,Queen,Rose,Silver,Golden,Green,North,South,Cedar,Sunset,Spring,Victoria,"
-    "Albert,Union,Liberty,Willow,Birch,Meadow"
+    "Albert,Beacon,Beech,Birch,Bishop,Blossom,Bridge,Brook,Canal,Canyon,Castle,Cedar,Chapel,Cherry,Church,Cliff,"
+    "Copper,Coral,Crescent,Crown,Crystal,Dolphin,Eagle,Elm,Falcon,Forest,Fountain,Garden,Gate,Golden,Granite,Green,"
+    "Harbour,Harvest,Hawthorn,Hazel,Heron,Highland,Hill,Holly,Iron,Ivory,Jasper,Jubilee,Juniper,King,Lake,Laurel,"
+    "Lavender,Liberty,Lighthouse,Lion,Magnolia,Manor,Maple,Marble,Market,Meadow,Mercury,Mill,Monument,Moon,Mountain,"
+    "North,Oak,Oasis,Olive,Orchard,Palace,Palm,Park,Peacock,Pearl,Phoenix,Pine,Poplar,Prince,Quarry,Queen,Rainbow,"
+    "Raven,Regent,River,Robin,Rose,Royal,Sapphire,School,Seaside,Shepherd,Silver,South,Sparrow,Spring,Station,Stone,"
+    "Summit,Sunset,Swan,Temple,Thistle,Tower,Trinity,Tulip,Union,Valley,Victoria,Vine,Walnut,Wharf,Willow,Windmill"
 ).split(",")
 KINDS = ("Street Clinic,Cafe,Hotel,Library,Road Studio,Centre,Hall,House,Restaurant,Square Office,Gym,Museum").split(
     ","
@@ -45,6 +60,11 @@ HELD_OUT_TEMPLATES = (
     "Please note the {event} with {person}: {day} {time} in the {place}.",
     "{person} wrote: the {event} will be at the {place} on {day} {time}, don't be late!",
 )
+
+
+def known(words: list[str]) -> list[str]:
+    """All but every fourth, which only test messages have."""
+    return [word for index, word in enumerate(words) if index % 4 != 3]
 
 
 def spell_time(rng: Random, hour: int, minute: int) -> str:
@@ -79,7 +99,7 @@ def main(
 ) -> None:
     """Make the quickstart's data: short messages about an appointment, and the same as JSON.
 
-    Half of the test messages use people, places and phrasings that are in no training message.
+    Half of the test messages use people and places that are in no training message, half of those such phrasings too.
 
     Args:
         destination_path: The folder that gets train.json and test.json.
@@ -88,13 +108,13 @@ def main(
         seed: Of all choices.
     """
     rng = Random(seed)
-    people, names = PEOPLE[:-16], NAMES[:-8]
+    people, names = known(PEOPLE), known(NAMES)
     train = [make_row(rng, TEMPLATES, people, names) for _ in range(n_train)]
     seen, test = {row["input"] for row in train}, []
     while len(test) < n_test:
         new = len(test) % 2 == 1
         templates = HELD_OUT_TEMPLATES if new and len(test) % 4 == 1 else TEMPLATES
-        row = make_row(rng, templates, PEOPLE[-16:] if new else people, NAMES[-8:] if new else names)
+        row = make_row(rng, templates, PEOPLE[3::4] if new else people, NAMES[3::4] if new else names)
         if row["input"] not in seen:
             test.append(row)
     destination_path.mkdir(parents=True, exist_ok=True)
