@@ -99,7 +99,7 @@ def main(
 ) -> None:
     """Make the quickstart's data: short messages about an appointment, and the same as JSON.
 
-    Half of the test messages use people and places that are in no training message, half of those such phrasings too.
+    Half of the test messages use people and places that are in no training message, half of those new phrasings too.
 
     Args:
         destination_path: The folder that gets train.json and test.json.
