@@ -43,7 +43,7 @@ def main(
         "score the base": f"{score} --checkpoint_dir {ckpt} --save_filepath {out_dir}/before.json",
         "fine-tune": f"finetune/lora.py --checkpoint_dir {ckpt} --data_dir {data_dir} --out_dir {out_dir} --lora_r 16 "
         f"--lora_alpha 32 --lora_dropout 0 {targets} --train.learning_rate 2e-3 --train.global_batch_size 8 "
-        "--train.micro_batch_size 8 --train.epochs 1 --eval.interval 50 --eval.max_iters 25 --resume false",
+        "--train.micro_batch_size 8 --train.epochs 1 --resume false",
         "score the adapter": f"{score} --checkpoint_dir {ckpt} --lora_path {adapter} "
         f"--save_filepath {out_dir}/after.json",
         "generate": f"generate/lora.py --checkpoint_dir {ckpt} --lora_path {adapter} {ask}",
