@@ -40,6 +40,7 @@ NAMES = (
     "Raven,Regent,River,Robin,Rose,Royal,Sapphire,School,Seaside,Shepherd,Silver,South,Sparrow,Spring,Station,Stone,"
     "Summit,Sunset,Swan,Temple,Thistle,Tower,Trinity,Tulip,Union,Valley,Victoria,Vine,Walnut,Wharf,Willow,Windmill"
 ).split(",")
+HELD_OUT = slice(3, None, 4)  # of people and names: only test messages have them
 KINDS = ("Street Clinic,Cafe,Hotel,Library,Road Studio,Centre,Hall,House,Restaurant,Square Office,Gym,Museum").split(
     ","
 )
@@ -63,8 +64,8 @@ HELD_OUT_TEMPLATES = (
 
 
 def known(words: list[str]) -> list[str]:
-    """All but every fourth, which only test messages have."""
-    return [word for index, word in enumerate(words) if index % 4 != 3]
+    """Those that training messages may have."""
+    return [word for word in words if word not in words[HELD_OUT]]
 
 
 def spell_time(rng: Random, hour: int, minute: int) -> str:
@@ -114,7 +115,7 @@ def main(
     while len(test) < n_test:
         new = len(test) % 2 == 1
         templates = HELD_OUT_TEMPLATES if new and len(test) % 4 == 1 else TEMPLATES
-        row = make_row(rng, templates, PEOPLE[3::4] if new else people, NAMES[3::4] if new else names)
+        row = make_row(rng, templates, PEOPLE[HELD_OUT] if new else people, NAMES[HELD_OUT] if new else names)
         if row["input"] not in seen:
             test.append(row)
     destination_path.mkdir(parents=True, exist_ok=True)
