@@ -90,6 +90,15 @@ def hollow(config: Config) -> GPT:
         return GPT(config)
 
 
+def check_kind(config: Config, kind: str | None, where: object) -> None:
+    """Raises ValueError if the kind asks for a head which is not there."""
+    if kind and kind.endswith(quantization.HEAD) and config.tie_embeddings:
+        raise ValueError(
+            f"{where} has no head of its own to quantize: its embedding serves as one, and stays as it is; "
+            f"use --quantize {kind.removesuffix(quantization.HEAD)}"
+        )
+
+
 def quantizable(config: Config, kind: str) -> set[str]:
     """The names of the weights that a kind quantizes."""
     modules = hollow(config).named_modules()
@@ -181,11 +190,7 @@ class Weights:
         With `kind` so come all that it quantizes, else those that the files keep in 4 bits, their numbers unchanged.
         Raises ValueError if the kind asks for a head which is not there.
         """
-        if kind and kind.endswith(quantization.HEAD) and self.config.tie_embeddings:
-            raise ValueError(
-                f"{self.source.where} has no head of its own to quantize: its embedding serves as one, and stays as it "
-                f"is; use --quantize {kind.removesuffix(quantization.HEAD)}"
-            )
+        check_kind(self.config, kind, self.source.where)
         wanted = quantizable(self.config, kind) if kind else set()
         for step in self.steps:
             for name, part in zip(step.ours, self._stored(step), strict=True):
@@ -213,7 +218,7 @@ class Weights:
 
 def load_model(
     folder: Path,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     *,
     norm_dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
@@ -222,9 +227,9 @@ def load_model(
 ) -> GPT:
     """The model of a checkpoint folder, frozen, filled tensor by tensor.
 
-    Weights get `dtype`, those of the norms `norm_dtype` (default: the same); with `quantize`, one of
-    `quantization.KINDS`, each linear layer is quantized as its weight arrives: no more than one is there in full.
-    Without it, layers that the folder keeps in 4 bits stay as they are.
+    Weights get `dtype` (None: as the files have them), those of the norms `norm_dtype` (default: the same); with
+    `quantize`, one of `quantization.KINDS`, each linear layer is quantized as its weight arrives: no more than one is
+    there in full. Without it, layers that the folder keeps in 4 bits stay as they are.
     `progress` hears the tensors placed and those to place. Raises ValueError as `plan` does.
     """
     norm_dtype = norm_dtype or dtype
@@ -289,21 +294,27 @@ def _take_away(owners: dict[str, nn.Module], ran: Callable[[], None], *hooked: o
 
 
 def place(
-    model: GPT, name: str, tensor: torch.Tensor, dtype: torch.dtype, norm_dtype: torch.dtype, device: torch.device | str
+    model: GPT,
+    name: str,
+    tensor: torch.Tensor,
+    dtype: torch.dtype | None,
+    norm_dtype: torch.dtype | None,
+    device: torch.device | str,
 ) -> None:
+    """Give the model a tensor of that name, in a dtype or its own."""
     owner, leaf = name.rsplit(".", 1)
     module = model.get_submodule(owner)
     if isinstance(module, QuantizedLinear) and leaf != "bias":
         module.load(leaf, tensor.to(device))
         return
     # Where nothing changes the file stays mapped: pages are read when they are used, and never written back.
-    placed = tensor.to(device, norm_dtype if isinstance(module, tuple(NORMS.values())) else dtype)
+    placed = tensor.to(device, (norm_dtype if isinstance(module, tuple(NORMS.values())) else dtype) or tensor.dtype)
     setattr(module, leaf, nn.Parameter(placed.contiguous(), requires_grad=False))
 
 
 def save_quantized(folder: Path, quantize: str, progress: Callable[[int, int], None]) -> Path:
     """Keep the quantized weights beside the checkpoint, for an instant start; the file may be deleted at any time."""
-    model = load_model(folder, torch.bfloat16, norm_dtype=torch.float32, quantize=quantize, progress=progress)
+    model = load_model(folder, None, quantize=quantize, progress=progress)  # what is not quantized as it was
     state = model.state_dict()
     if model.config.tie_embeddings:
         del state["lm_head.weight"]
@@ -313,7 +324,7 @@ def save_quantized(folder: Path, quantize: str, progress: Callable[[int, int], N
 
 
 def _load_quantized(
-    folder: Path, dtype: torch.dtype, norm_dtype: torch.dtype, device: torch.device | str, quantize: str
+    folder: Path, dtype: torch.dtype | None, norm_dtype: torch.dtype | None, device: torch.device | str, quantize: str
 ) -> GPT:
     model, path = hollow(load_config(folder)), folder / files.quantized_name(quantize)
     state = files.load_dict(path, mmap=True).get("weights")
@@ -384,7 +395,9 @@ def complete_folder(folder: Path, config: Config, base_dir: Path, style: str | N
     """Put beside new weights what the scripts that follow need: config, tokenizer, prompt style (none of a base)."""
     files.copy_companions(base_dir, folder)
     save_config(folder, config)
-    if style is not None:
+    if style is None:
+        (folder / files.PROMPT_STYLE).unlink(missing_ok=True)
+    else:
         files.save_text(folder / files.PROMPT_STYLE, json.dumps({"prompt_style": style}) + "\n")
 
 

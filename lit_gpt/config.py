@@ -41,6 +41,9 @@ ROPE_KEYS = {key for keys in ROPE_NEEDS.values() for key in keys} | {  # all tha
 }
 
 
+PER_LAYER = ("rope_layers", "sliding_layers", "moe_layers")  # a list of the layers, or None: all are alike
+
+
 @dataclass
 class Config:
     """Sizes and switches of a decoder-only transformer; the defaults are Llama's kind of block.
@@ -120,7 +123,7 @@ class Config:
             raise ValueError(f"{self.n_layer} layers of {self.n_expert} experts are more than any model has")
         if self.n_expert and not 1 <= self.n_expert_per_token <= self.n_expert:
             raise ValueError(f"{self.n_expert_per_token} of {self.n_expert} experts cannot be chosen")
-        for name in ("rope_layers", "sliding_layers", "moe_layers"):
+        for name in PER_LAYER:
             if (layers := getattr(self, name)) is not None and len(layers) != self.n_layer:
                 raise ValueError(f"{name} has {len(layers)} entries for {self.n_layer} layers")
         if not 0 <= self.rotary_percentage <= 1 or self.rope_size % 2:

@@ -78,7 +78,7 @@ def numbered(folder: Path, name: Callable[[int], str]) -> dict[int, Path]:
 
 def quantized_name(kind: str) -> str:
     """Name of the quantized weights that may lie beside a checkpoint; the number is the layout's version."""
-    return f"quantized-{kind}-v1.pth"
+    return f"quantized-{kind}-v2.pth"
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -188,12 +188,19 @@ def _seek_record(file: BinaryIO, record: zipfile.ZipInfo) -> None:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer, generation and config files, unless it is the same folder."""
+    """Copy tokenizer, generation and config files; those of a model that was in `target` before go.
+
+    Nothing happens if it is the same folder.
+    """
     target.mkdir(parents=True, exist_ok=True)
+    if source.resolve() == target.resolve():
+        return
     for name in COMPANIONS:
-        if (source / name).is_file() and not (target / name).exists():
+        if (source / name).is_file():
             with atomically(target / name) as temporary:
                 shutil.copyfile(own(source / name), temporary)
+        else:
+            (target / name).unlink(missing_ok=True)
 
 
 def fetch(url: str, path: Path) -> None:

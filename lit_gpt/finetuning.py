@@ -85,6 +85,7 @@ class Job:
         if self.found is not None:
             self._compare(self.found, override)
         self.longest_rows = self.train_data.longest(train.micro_batch_size)
+        longest = self.train_data.lengths()[self.longest_rows].tolist()
         quantize, n_skipped = quantization.resolve(settings.get("quantize")), 0
         if adapter and not quantize:
             quantize, n_skipped = checkpoint.kept_kind(checkpoint_dir)
@@ -92,7 +93,7 @@ class Job:
             PRECISIONS[settings["precision"]],
             quantize,
             adapter,
-            tuple(self.train_data.lengths()[self.longest_rows].tolist()),
+            tuple(longest if train.packing else [max(longest)] * len(longest)),
             settings["activation_checkpointing"],
             settings["optimizer"],
             device_of_this_machine().type,
@@ -135,7 +136,7 @@ class Job:
     def run(self, fabric: "Fabric", model: GPT, save: Callable[[Path, Run], None], name: str) -> None:
         """Train what requires gradients; `save(path, run)` writes it, at last as `name` in the out folder."""
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._announce(fabric, model, trained)
+        self._announce(fabric, trained)
         optimizer = self.make_optimizer(trained, lr=self.train.learning_rate, weight_decay=self.train.weight_decay)
         wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
         keeper = resume.Keeper(fabric, model, optimizer, self.out_dir, save, self.n_steps, self.train.keep_last)
@@ -213,12 +214,14 @@ class Job:
         except OSError as error:
             keeper.stop(f"{self.out_dir} cannot be written to: {error}", "make room")
 
-    def _announce(self, fabric: "Fabric", model: GPT, trained: list[torch.nn.Parameter]) -> None:
+    def _announce(self, fabric: "Fabric", trained: list[torch.nn.Parameter]) -> None:
         if not fabric.is_global_zero:
             return
         longest = int(self.train_data.lengths().max())
         cut = sum(self.meta[part].get("truncated", 0) for part in ("train.pt", "test.pt"))
-        n_trained, n_all = (sum(p.numel() for p in group) for group in (trained, model.parameters()))
+        base = checkpoint.parameter_metas(checkpoint.hollow(self.config)).values()  # its own may be in few bits
+        n_trained, n_base = (sum(p.numel() for p in group) for group in (trained, base))
+        n_all = n_base if self.memory.lora is None else n_base + n_trained
         lines = [
             f"training {n_trained:,} of {n_all:,} parameters on {fabric.device} in {self.settings['precision']}",
             f"{len(self.train_data):,} training rows, {len(self.val_data):,} validation rows, the longest of "

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from lit_gpt import checkpoint, lora, ops, optimizers, quantization, runtime, surgery
 from lit_gpt.cache import KVCache
-from lit_gpt.config import Config
+from lit_gpt.config import PER_LAYER, Config
 from lit_gpt.generation import decode_step, prefill
 from lit_gpt.kernels import rows
 from lit_gpt.lora import LoRASettings
@@ -130,12 +130,19 @@ class Setting:
     device: str = "cuda"  # or "cpu", where the program itself counts too
     n_skipped: int = 0  # numbers of linear layers that are in full, though `quantize` is of their kind
 
+    def __post_init__(self) -> None:
+        if not self.rows or min(self.rows) < 2:
+            raise ValueError("there is nothing to plan: the micro-batch size must be at least 1, the length 2")
+
 
 @contextmanager
-def _counted(config: Config, setting: Setting) -> Iterator[tuple[GPT, Ledger]]:
-    """The model as `checkpoint.load_model` makes it, with memory but without numbers, and the ledger that counts it."""
-    model, kind, precision = checkpoint.hollow(config), setting.quantize, setting.precision
-    frozen = precision.trained if setting.lora is None else precision.frozen  # finetune/full.py trains them
+def _counted(config: Config, setting: Setting, dtype: torch.dtype) -> Iterator[tuple[GPT, Ledger]]:
+    """The model as `checkpoint.load_model` makes it, with memory but without numbers, and the ledger that counts it.
+
+    Its weights are in `dtype`, those of the norms in what is trained in.
+    """
+    model, kind = checkpoint.hollow(config), setting.quantize
+    checkpoint.check_kind(config, kind, config.name)
     if kind:
         surgery.swap(
             model,
@@ -147,7 +154,7 @@ def _counted(config: Config, setting: Setting) -> Iterator[tuple[GPT, Ledger]]:
     ledger.weight_shapes = {(linear.out_features, linear.in_features) for linear in linears}
     with ops.as_on(setting.device), FakeTensorMode(), ledger:
         for name, meta in metas.items():
-            checkpoint.place(model, name, torch.empty(meta.shape), frozen, precision.trained, "cpu")
+            checkpoint.place(model, name, torch.empty(meta.shape), dtype, setting.precision.trained, "cpu")
         for linear in linears:
             if isinstance(linear, quantization.QuantizedLinear):
                 for leaf, (shape, dtype) in linear.layout().items():
@@ -157,7 +164,18 @@ def _counted(config: Config, setting: Setting) -> Iterator[tuple[GPT, Ledger]]:
         yield model, ledger
 
 
+def _dtype_in_training(setting: Setting) -> torch.dtype:
+    """That of the weights which are not quantized; finetune/full.py trains them."""
+    return setting.precision.trained if setting.lora is None else setting.precision.frozen
+
+
 SHALLOW, DEEPER = 2, 3  # layers
+
+
+def _shallow(config: Config, n_layer: int) -> Config:
+    """A config whose layers are all alike, with fewer of them."""
+    fewer = {name: layers[:n_layer] for name in PER_LAYER if (layers := getattr(config, name))}
+    return replace(config, n_layer=n_layer, **fewer)
 
 
 def _by_depth(count: Callable[[Config, Setting], list[Counter[str]]], config: Config, setting: Setting) -> Plan:
@@ -165,11 +183,10 @@ def _by_depth(count: Callable[[Config, Setting], list[Counter[str]]], config: Co
 
     `count` gives the peak of each phase. A deep model's may be in another phase than a shallow one's.
     """
-    per_layer = (config.sliding_layers, config.rope_layers, config.moe_layers)
-    if config.n_layer <= DEEPER or any(layers is not None and len(set(layers)) > 1 for layers in per_layer):
+    if config.n_layer <= DEEPER or any(len(set(getattr(config, name) or [0])) > 1 for name in PER_LAYER):
         phases = count(config, setting)
     else:
-        small, large = (count(replace(config, n_layer=n), setting) for n in (SHALLOW, DEEPER))
+        small, large = (count(_shallow(config, n), setting) for n in (SHALLOW, DEEPER))
         more = config.n_layer - DEEPER
         phases = [
             Counter({part: size + more * (size - less[part]) for part, size in much.items()})
@@ -202,7 +219,12 @@ def _cpu_rest(config: Config, passing: int) -> int:
 
 
 def plan_training(config: Config, setting: Setting) -> Plan:
-    """The peak of a training step on micro-batches of the longest rows, once the optimizer has its state."""
+    """The peak of a training step on micro-batches of the longest rows, once the optimizer has its state.
+
+    Raises ValueError for weights in few bits without LoRA.
+    """
+    if setting.quantize and setting.lora is None:
+        raise ValueError(f"weights in {setting.quantize} cannot be trained: plan LoRA, or leave out --quantize")
     return _by_depth(_training, config, setting)
 
 
@@ -213,7 +235,7 @@ def plan_inference(config: Config, setting: Setting, new_tokens: int = 100) -> P
 
 def _training(config: Config, setting: Setting) -> list[Counter[str]]:
     """Of the way forward, with the head and its gradient, and of the way back; not of the optimizer's step."""
-    with _counted(config, setting) as (model, ledger):
+    with _counted(config, setting, _dtype_in_training(setting)) as (model, ledger):
         ledger.part = "adapter"
         if setting.lora is None:
             model.requires_grad_(True)
@@ -223,9 +245,7 @@ def _training(config: Config, setting: Setting) -> list[Counter[str]]:
             runtime.checkpoint_activations(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         ledger.part = "optimizer"
-        state = [
-            torch.empty(int(p.numel() * optimizers.STATE_BYTES[setting.optimizer]), dtype=torch.uint8) for p in trained
-        ]
+        state = [torch.empty(optimizers.state_bytes(setting.optimizer, p), dtype=torch.uint8) for p in trained]
         ledger.part = "gradients"  # those of the micro-batches before
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
@@ -244,7 +264,7 @@ def _training(config: Config, setting: Setting) -> list[Counter[str]]:
 
 @torch.no_grad()
 def _inference(config: Config, setting: Setting, new_tokens: int) -> list[Counter[str]]:
-    with _counted(config, setting) as (model, ledger):
+    with _counted(config, setting, setting.precision.frozen) as (model, ledger):
         model.eval()
         ledger.part = "adapter"
         if setting.lora is not None:
@@ -266,6 +286,13 @@ def remedies(setting: Setting) -> Iterator[tuple[str, Setting]]:
     if not setting.activation_checkpointing:
         setting = replace(setting, activation_checkpointing=True)
         yield "--activation_checkpointing", setting
+    if setting.lora is None and setting.optimizer in ("adamw", "adamw-paged"):
+        setting = replace(setting, optimizer="adamw-8bit")
+        yield "--optimizer", setting
+    smaller = runtime.PRECISIONS["bf16-true" if setting.lora is None else "bf16-mixed"]
+    if _dtype_in_training(setting).itemsize > smaller.frozen.itemsize:
+        setting = replace(setting, precision=smaller)
+        yield "--precision", setting
     if setting.lora is not None and not setting.quantize:
         setting = replace(setting, quantize="bnb.nf4")
         yield "--quantize", setting
@@ -277,6 +304,8 @@ def remedies(setting: Setting) -> Iterator[tuple[str, Setting]]:
 VALUES = {  # flag -> its value in a setting
     "--train.micro_batch_size": lambda s: len(s.rows),
     "--activation_checkpointing": lambda s: str(s.activation_checkpointing).lower(),
+    "--optimizer": lambda s: s.optimizer,
+    "--precision": lambda s: s.precision.name,
     "--quantize": lambda s: s.quantize,
     "--train.max_seq_length": lambda s: max(s.rows),
 }
@@ -289,7 +318,8 @@ def advice(config: Config, setting: Setting, limit: float) -> str:
         flags[flag] = VALUES[flag](tried)
         if (plan := plan_training(config, tried)).total <= limit:
             return f"{' '.join(f'{name} {value}' for name, value in flags.items())} would take {plan.gb:.2f} GB"
-    return f"nothing fits {limit / 1e9:.2f} GB; take a smaller model"
+    instead = "train an adapter with finetune/lora.py, or " if setting.lora is None else ""
+    return f"nothing fits {limit / 1e9:.2f} GB; {instead}take a smaller model"
 
 
 def parse_size(text: str) -> float:

@@ -66,7 +66,7 @@ def merge_folder(
 
 @dataclass(frozen=True)
 class Comparison:
-    """Logits of the merged file against base + adapter, over all positions of a few prompts."""
+    """Logits of the merged file against the base it was merged into + adapter, over all positions of a few prompts."""
 
     max_difference: float
     top1_agreement: float
@@ -88,11 +88,13 @@ class Comparison:
         return None
 
 
-def _opened(checkpoint_dir: Path, dtype: torch.dtype, adapter: Adapter, ran: Callable[[], None] = lambda: None) -> GPT:
-    """The base as the adapter was trained."""
-    if adapter.quantize is None:
+def _opened(
+    checkpoint_dir: Path, dtype: torch.dtype, quantize: str | None, ran: Callable[[], None] = lambda: None
+) -> GPT:
+    """The base, as it is or in few bits."""
+    if quantize is None:
         return checkpoint.load_by_block(checkpoint_dir, dtype, ran)
-    return checkpoint.load_model(checkpoint_dir, dtype, quantize=adapter.quantize)
+    return checkpoint.load_model(checkpoint_dir, dtype, quantize=quantize)
 
 
 @torch.no_grad()
@@ -101,11 +103,13 @@ def compare(
     lora_path: Path,
     merged_dir: Path,
     dtype: torch.dtype,
+    dequantized: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Comparison:
-    """Run base, base + adapter and the merged file on a few prompts in `dtype`; the base as the adapter was trained.
+    """Run base, base + adapter and the merged file on a few prompts in `dtype`.
 
-    In memory there is one block of them at a time, or the quantized base.
+    The base is what `merge_folder` merged into, so that only what merging did is seen: with `dequantized` as the
+    adapter was trained, else as it is on disk. In memory is one block of them at a time, or the quantized base.
     """
     adapter = Adapter.load(lora_path)
     tokenizer, style = Tokenizer(checkpoint_dir), get_style(adapter.prompt_style)
@@ -116,13 +120,14 @@ def compare(
         lengths = [row.shape[1] for row in rows]
         return model.eval()(torch.cat(rows, dim=1), lengths=lengths)[0].float()
 
-    done, passes = itertools.count(1), 3 if adapter.quantize is None else 1
+    quantize = adapter.quantize if dequantized else None
+    done, passes = itertools.count(1), 3 if quantize is None else 1
     n_blocks = passes * checkpoint.load_config(checkpoint_dir).n_layer
 
     def ran() -> None:
         progress(next(done), n_blocks)
 
-    model = _opened(checkpoint_dir, dtype, adapter, ran)
+    model = _opened(checkpoint_dir, dtype, quantize, ran)
     base = logits(model)
     adapter.attach(model, checkpoint_dir, lora_path)
     unmerged = logits(model)
@@ -149,7 +154,7 @@ def held_out_losses(
         batch = rows.batch(list(range(min(max_rows, len(rows)))), packing=True)
         return float(model.eval()(batch.tokens, labels=batch.labels, lengths=batch.lengths)) / batch.n_labels
 
-    model = _opened(checkpoint_dir, torch.float32, adapter)
+    model = _opened(checkpoint_dir, torch.float32, adapter.quantize)
     adapter.attach(model, checkpoint_dir, lora_path)
     losses = {"base + adapter, unmerged": loss(model)}
     del model

@@ -19,7 +19,14 @@ BITSANDBYTES: dict[str, dict[str, Any]] = {
     "adamw-paged": {"is_paged": True},
     "adamw-8bit-paged": {"optim_bits": 8, "is_paged": True},
 }
-STATE_BYTES = {"adamw": 8.0, "sgd": 0.0, "adamw-8bit": 2.03, "adamw-paged": 8.0, "adamw-8bit-paged": 2.03}  # a number's
+BYTES_8BIT, BYTES_PAGED = 2.03, 8.0  # that bitsandbytes' moments take for each number, whatever its dtype
+
+
+def state_bytes(name: str, parameter: torch.Tensor) -> int:
+    """What the optimizer of that name keeps of a parameter. torch's moments are of the parameter's own dtype."""
+    if name in TORCH:
+        return 2 * parameter.nbytes if name == "adamw" else 0
+    return int(parameter.numel() * (BYTES_8BIT if "optim_bits" in BITSANDBYTES[name] else BYTES_PAGED))
 
 
 def resolve(name: str, *, scaled: bool = False) -> Constructor:

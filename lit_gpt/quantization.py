@@ -155,6 +155,9 @@ class Linear8bit(QuantizedLinear):
 class Linear4bit(QuantizedLinear):
     """Two numbers to a byte, as bitsandbytes lays them out: the first in the high half."""
 
+    code: torch.Tensor  # the levels, and those of the scales with -dq
+    nested_code: torch.Tensor
+
     def __init__(self, in_features: int, out_features: int, kind: str):
         super().__init__(in_features, out_features, kind)
         self.levels, self.block = kind.removeprefix("bnb.").removesuffix("-dq"), BLOCK
@@ -195,9 +198,12 @@ class Linear4bit(QuantizedLinear):
         """See above. The levels come to where the scales are, once: sending them takes longer than using them."""
         super().load(leaf, tensor)
         if leaf == "absmax":
-            self.code, self.nested_code = (torch.tensor(values, device=tensor.device) for values in self.level_values)
+            for name, values in zip(("code", "nested_code"), self.level_values, strict=True):
+                self.register_buffer(name, torch.tensor(values, device=tensor.device), persistent=False)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        if dtype == torch.float64:  # no kernel makes it
+            return self.dense(torch.float32).to(dtype)
         shape = (self.out_features, self.in_features)
         if four_bits.makes(self.weight, dtype):
             return four_bits.dense(self.weight.detach(), self.code, self.scales(), self.block, shape, dtype)
@@ -246,14 +252,15 @@ class Linear4bit(QuantizedLinear):
         absmax = self.scales().view(n, k // self.block).t().to(torch.bfloat16).contiguous()
         self.packed = (pack_rows(self.weight.view(n, k // 2)), absmax)
         self.weight = nn.Parameter(self.packed[0], requires_grad=False)
-        self._buffers.clear()
+        for leaf in self.layout().keys() - {"weight"}:
+            delattr(self, leaf)
         return True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.packed is not None:
             return self._without_weight(x, *self.packed)
         one = x.is_cuda and x.numel() == self.in_features and not torch.is_grad_enabled()
-        if one and self.in_features % self.block == 0:
+        if one and self.in_features % self.block == 0 and x.dtype != torch.float64:
             return self._without_weight(x, self.weight, self.scales())
         return super().forward(x)
 

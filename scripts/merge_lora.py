@@ -19,7 +19,8 @@ def main(
     """Fold a LoRA adapter into its base, and check the result.
 
     The merged folder is complete: generate/base.py and every other script read it. The merged file is then compared
-    with base + adapter on a few prompts; a merge that changes nothing or loses the update ends with exit status 1.
+    with base + adapter on a few prompts, the base being the one that was merged into; a merge that changes nothing or
+    loses the update ends with exit status 1.
 
     Args:
         lora_path: The adapter.
@@ -51,7 +52,7 @@ def main(
         merging.merge_folder(checkpoint_dir, adapter, out_dir, dtype, base == "dequantized", share)
     print(f"wrote {out_dir / checkpoint.files.LIT_MODEL}", file=sys.stderr)
     with Progress("comparing it with base + adapter", 1) as progress:
-        result = merging.compare(checkpoint_dir, lora_path, out_dir, torch.float32, share)
+        result = merging.compare(checkpoint_dir, lora_path, out_dir, torch.float32, base == "dequantized", share)
     rows = [
         ("check on a few prompts", "value"),
         ("greatest logit difference, merged and unmerged", f"{result.max_difference:.4f}"),

@@ -119,6 +119,22 @@ def test_codes_fitted_to_rows_are_as_near_as_the_cpus(tmp_path: Path) -> None:
     assert float((first.weight == same.weight).double().mean()) > 0.99
 
 
+@pytest.mark.parametrize("kind", ["bnb.nf4", "bnb.nf4-dq"])
+def test_a_folder_in_4_bits_answers_as_on_the_cpu(kind: str, tmp_path: Path) -> None:
+    make_twin("llama-grouped", tmp_path / "full")
+    rows = list(torch.randint(1, 101, (300,)).split(60))
+    calibration.write(tmp_path / "full", kind, rows, tmp_path / "m", dtype=torch.float32)
+    tokens, logits = torch.randint(1, 101, (1, 8)), []
+    for device in (GPU, "cpu"):
+        model = checkpoint.load_model(tmp_path / "m", torch.float32, device=device).eval()
+        with torch.no_grad():
+            logits.append(
+                [model(some.to(device)).cpu() for some in (tokens, tokens[:, :1])]
+            )  # one token: another kernel
+    for mine, expected in zip(*logits, strict=True):
+        torch.testing.assert_close(mine, expected, atol=1e-3, rtol=1e-3)
+
+
 def finetune(stories: Path, prepared: Path, out: Path, precision: str | None, kind: str | None, **more: object) -> dict:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*can be recorded")  # the answer that it shows
@@ -153,7 +169,7 @@ def test_training_works_with_every_kind_and_precision(
     assert Adapter.load(tmp_path / "lit_model_lora_finetuned.pth").quantize == kind
 
 
-@pytest.mark.parametrize("name", optimizers.STATE_BYTES)
+@pytest.mark.parametrize("name", [*optimizers.TORCH, *optimizers.BITSANDBYTES])
 def test_every_optimizer_trains(name: str, exact_run: dict, stories: Path, prepared: Path, tmp_path: Path) -> None:
     told = finetune(stories, prepared, tmp_path, "32-true", None, optimizer=name)
     near = 0.1 if name == "sgd" else 1e-3

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, load_script, run_script
 from twins import make_twin
 
-from lit_gpt import checkpoint, files, finetuning, memory, ops, runtime
+from lit_gpt import checkpoint, files, finetuning, memory, ops, optimizers, runtime
 from lit_gpt.adapter import Adapter
 from lit_gpt.args import TrainArgs
 from lit_gpt.config import Config
@@ -52,6 +52,23 @@ def test_weights_are_counted_to_the_byte() -> None:
         assert parts[part] == pytest.approx(per_number * n_factors, abs=130 * memory.ROUNDING)
 
 
+def test_full_finetuning_holds_what_torch_makes() -> None:
+    """Every weight trains in the precision's `trained`, which AdamW's moments are in too; generation needs no such."""
+    config = Config.from_name("SmolLM2-135M-Instruct")
+    for precision, size in ((BF16, 2), (MIXED, 4)):
+        parts = memory.plan_training(config, Setting(precision, lora=None, rows=(64,))).parts
+        parameter = torch.nn.Parameter(torch.zeros(1000, dtype=precision.trained))
+        parameter.grad = torch.ones_like(parameter)
+        optimizer = optimizers.resolve("adamw")([parameter], lr=1e-3, weight_decay=0.0)
+        optimizer.step()
+        moments = [optimizer.state[parameter][name] for name in ("exp_avg", "exp_avg_sq")]
+        state = sum(moment.nbytes for moment in moments) / len(parameter)
+        for part, per_number in (("weights", size), ("gradients", size), ("optimizer", state)):
+            assert parts[part] == pytest.approx(per_number * 134_515_008, rel=1e-3), part
+        alone = memory.plan_inference(config, Setting(precision, lora=None, rows=(64,))).parts
+        assert alone["weights"] == pytest.approx(2 * 134_515_008, rel=2e-3)
+
+
 def test_quantized_weights_take_their_bits() -> None:
     config = Config.from_name("Llama-2-7b-hf")
     linear, rest = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 2 * 32000 * 4096 + 65 * 4096
@@ -80,6 +97,13 @@ def test_shallow_models_tell_of_deep_ones(config: Config, setting: Setting) -> N
     for part, size in whole.items():
         if size:
             assert quick.parts[part] == pytest.approx(size, rel=0.01)
+
+
+def test_lists_of_layers_that_are_all_alike_are_drawn_out_too() -> None:
+    """Qwen2's config may say that windows begin with a layer which is not there."""
+    setting = Setting(BF16, rows=(40,))
+    alike = replace(SMALL, sliding_window=16, sliding_layers=[False] * 5, rope_layers=[True] * 5)
+    assert memory.plan_training(alike, setting) == memory.plan_training(SMALL, setting)
 
 
 @pytest.mark.parametrize("name", "mixtral qwen3-moe gemma2 falcon-7b gpt2 phi3-longrope stablelm-parallel".split())
@@ -156,6 +180,21 @@ def test_remedies_lower_the_peak_each_on_top_of_the_last() -> None:
     assert "take a smaller model" in memory.advice(config, replace(setting, rows=(64,)), 1e9)
 
 
+def test_full_finetuning_is_told_of_smaller_optimizers_and_precisions() -> None:
+    config, setting = Config.from_name("pythia-70m"), Setting(MIXED, lora=None, rows=(64,))
+    tried = dict(memory.remedies(setting))
+    assert list(tried) == ["--activation_checkpointing", "--optimizer", "--precision"]
+    last = memory.plan_training(config, tried["--precision"])
+    told = memory.advice(config, setting, last.total)
+    assert told.startswith("--activation_checkpointing true --optimizer adamw-8bit --precision bf16-true would take")
+    assert "finetune/lora.py, or take a smaller model" in memory.advice(config, setting, last.total - 1)
+    assert list(dict(memory.remedies(Setting(FULL, rows=(64,))))) == [
+        "--activation_checkpointing",
+        "--precision",
+        "--quantize",
+    ]
+
+
 def test_the_script_says_which_flags_fit(tmp_path: Path) -> None:
     done = run_script("scripts/estimate_memory", "--model_name", "Llama-2-7b-hf", "--memory_limit", "24GB")
     assert "does not fit: --train.micro_batch_size 2 would take" in done.stdout
@@ -168,6 +207,10 @@ def test_the_script_says_which_flags_fit(tmp_path: Path) -> None:
         (("--model_name", "no-such"), "no preset is named"),
         ((), "either --checkpoint_dir or --model_name"),
         (("--model_name", "pythia-14m", "--memory_limit", "much"), "a size such as 24GB"),
+        (("--model_name", "pythia-14m", "--micro_batch_size", "0"), "the micro-batch size must be at least 1"),
+        (("--model_name", "pythia-14m", "--max_seq_length", "1"), "the length 2"),
+        (("--model_name", "pythia-14m", "--full", "true", "--quantize", "bnb.nf4"), "cannot be trained: plan LoRA"),
+        (("--model_name", "SmolLM2-135M", "--quantize", "bnb.nf4+head"), "no head of its own to quantize"),
     ):
         refused = run_script("scripts/estimate_memory", *flags, check=False)
         assert refused.returncode == 1
@@ -215,6 +258,27 @@ def test_a_run_that_finds_no_memory_says_what_would_fit(
     monkeypatch.setattr(*moment, no_memory)
     with pytest.raises(ValueError, match=r"out of memory: .* GB were planned .* would take .*; see tutorials/oom.md"):
         load_script("finetune/lora").main(prepared, stories, tmp_path / "out", train=TrainArgs(max_steps=1))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_rows_are_planned_as_they_are_laid(
+    packing: bool,
+    stories: Path,
+    prepared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    plan, planned = memory.plan_training, []
+    monkeypatch.setattr(memory, "plan_training", lambda config, how: (planned.append(how), plan(config, how))[1])
+    train = TrainArgs(global_batch_size=4, micro_batch_size=4, max_steps=1, packing=packing)
+    how = {"precision": "32-true", "quantize": "bnb.nf4", "train": train}
+    load_script("finetune/lora").main(prepared, stories, tmp_path / "out", **how)
+    data = PreparedSet(prepared / "train.pt", mask_inputs=True, max_length=512)
+    batch = data.batch(data.longest(4), packing=packing)
+    assert sum(planned[0].rows) - 4 == batch.tokens.numel()  # a row's last token is only a label
+    # The model's 260,032 and LoRA's 8,960, though 4 bits are two to a byte.
+    assert "training 8,960 of 268,992 parameters" in capsys.readouterr().err
 
 
 def test_a_rehearsal_is_where_memory_may_be_short_and_changes_nothing(

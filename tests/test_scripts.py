@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, ROWS, STORIES, load_script, run_script
+from twins import make_twin
 
 from lit_gpt import checkpoint, lora, merging, report, training
 from lit_gpt.adapter import Adapter
@@ -125,6 +126,24 @@ def test_a_merge_rounds_once_to_the_precision_that_is_asked_for(
     for name in names:
         update = state[f"{name}.lora_B"] @ state[f"{name}.lora_A"] * (16 / 2)
         assert torch.equal(merged[f"{name}.weight"], (plain[f"{name}.weight"].float() + update).to(dtype))
+
+
+def test_a_merge_over_another_models_folder_leaves_nothing_of_it(stories: Path, tmp_path: Path) -> None:
+    """Else one model's weights stood beside the other's tokenizer."""
+    base, merged_dir = tmp_path / "base", tmp_path / "merged"
+    make_twin("neox", base)
+    checkpoint.files.save_text(base / "generation_config.json", "{}")
+    for folder in (stories, base):
+        settings = LoRASettings(targets=("query",))
+        model = checkpoint.load_model(folder, torch.float32)
+        lora.attach(model, settings)
+        told = "a base", checkpoint.fingerprint(folder), "alpaca", "32-true", None, 0
+        merging.merge_folder(folder, Adapter(lora.adapter_state(model), settings, *told), merged_dir)
+    names = set(checkpoint.files.COMPANIONS)
+    assert {file.name for file in merged_dir.iterdir()} & names == {file.name for file in base.iterdir()} & names
+    for file in merged_dir.iterdir():
+        if file.name in names:
+            assert file.read_bytes() == (base / file.name).read_bytes()
 
 
 @pytest.mark.parametrize(("effect", "drift"), [(float("nan"), float("nan")), (1.0, float("inf"))])
