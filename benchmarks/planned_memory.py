@@ -30,6 +30,7 @@ REMEDIES = (
     ("full", ""),
     ("full", "--optimizer adamw-8bit"),
     ("full", "--optimizer sgd"),
+    ("full", "--precision bf16-true"),
 )
 
 
