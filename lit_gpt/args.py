@@ -14,7 +14,7 @@ class TrainArgs:
         lr_warmup_steps: Optimizer steps of linear warm-up; by default 100, or a tenth of the run if that is fewer.
         weight_decay: The optimizer's.
         global_batch_size: Rows per optimizer step, over all devices.
-        micro_batch_size: Rows that one device works on at a time; changes memory, not the result.
+        micro_batch_size: Rows that one device works on at a time; changes memory, not what is learned.
         epochs: Passes over the training rows.
         max_steps: Stop after so many optimizer steps, whatever `epochs` says.
         max_seq_length: Cut rows to this many tokens; the end-of-text token is kept.
@@ -63,7 +63,7 @@ class EvalArgs:
 
     Args:
         interval: Optimizer steps between validations; 0 never validates within the run.
-        max_iters: At most so many micro-batches of the validation rows.
+        max_iters: At most so many micro-batches of the validation rows: smaller ones look at fewer rows.
         max_new_tokens: Length of the sample answer that is printed with each validation; 0 prints none.
         initial_validation: Validate before the first step.
         final_validation: Validate after the last step.

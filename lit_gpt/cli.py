@@ -31,7 +31,10 @@ def run(main: Callable[..., int | None]) -> None:
         reached = any(frame.f_code is main.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
         if os.environ.get("LIT_GPT_TRACEBACK") or (reached and isinstance(error, TypeError)):
             raise
-        if not reached and (config := _config()):
+        config = "" if reached else _config()
+        if config and str(error).startswith("--"):  # a setting's own check
+            error = ValueError(f"{error} (flags were read from {config} too)")
+        elif config:
             is_group = isinstance(error, TypeError)
             reason = "a group of settings, such as train, holds something else" if is_group else error
             error = ValueError(f"{config} cannot be read: {reason}")

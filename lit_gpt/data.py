@@ -209,6 +209,7 @@ def prepare(
         "checkpoint": config.name,
         "tokenizer": tokenizer.fingerprint,
         "vocab_size": config.vocab_size,
+        "ends": [tokenizer.first_id, tokenizer.eos_id],  # of each row: other files than the tokenizer's say them
     }
     for name, part in parts.items():
         lengths = part.offsets.diff()
@@ -325,9 +326,12 @@ class PreparedSet:
         """Tokens that training on these rows reads: all but each row's last."""
         return int(self.lengths(rows).sum()) - len(rows)
 
-    def n_without_labels(self) -> int:
-        """Rows whose prompt leaves no room for an answer: an end-of-text token alone would teach to say nothing."""
-        return int((self.prompt_lengths + 2 > self.max_length).sum()) if self.mask_inputs else 0
+    def n_without_labels(self, first: int | None = None) -> int:
+        """Rows whose prompt leaves no room for an answer: an end-of-text token alone would teach to say nothing.
+
+        Of all, or of the `first` so many.
+        """
+        return int((self.prompt_lengths[:first] + 2 > self.max_length).sum()) if self.mask_inputs else 0
 
     def row(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and labels of a row, (T,) each: all but the last token, and what follows each.
@@ -389,6 +393,11 @@ def open_prepared(
         raise ValueError(
             f"{data_dir} was prepared with the tokenizer of {meta.get('checkpoint')!r}, which is not this model's; "
             "prepare it again with this --checkpoint_dir"
+        )
+    if (ends := [tokenizer.first_id, tokenizer.eos_id]) != meta.get("ends", ends):
+        raise ValueError(
+            f"{data_dir} was prepared for {meta.get('checkpoint')!r}, whose rows begin and end with other tokens than "
+            f"this model's (here {ends}, or none); prepare it again with this --checkpoint_dir"
         )
     if missing := sorted(set(types) - set(meta)):
         raise ValueError(f"{data_dir / META} has no {', '.join(missing)}; prepare it again")

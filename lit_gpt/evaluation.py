@@ -85,6 +85,8 @@ class LitGPT(TemplateLM):
         self.max_length = self.model.config.block_size
         self.scaling = self.model.config.rope_scaling or {}
         self.by_length = self.scaling.get("rope_type") in rope.BY_LENGTH
+        if batch_size < 1:
+            raise ValueError(f"--batch_size must be at least 1, not {batch_size}")
         if self.codec.eos_id is None:
             raise ValueError("the tokenizer has no end-of-text token, which evaluation needs")
 
@@ -260,18 +262,20 @@ class LitGPT(TemplateLM):
             sampler = Sampler(settings.get("temperature", 1.0), top_k, settings.get("top_p", 1.0))
         prompts = [self.tok_encode(context)[-room:] or [self.prefix_token_id] for context in contexts]
         rows: list[list[int]] = [[] for _ in prompts]
+        stop_ids = self.codec.stop_ids | {self.eot_token_id}
 
         # Tokens that a stop string which has just ended lies within: a character is four of them at worst.
         reach = 8 + 4 * max(map(len, until), default=0)
 
         def ends(row: int, token: int) -> bool:
-            text = self.codec.decode(rows[row][-reach:]) if until else ""
+            if token in stop_ids:  # here, since one that is no special token is part of the text
+                return True
+            # Some stop at a special token, such as `<|im_end|>`.
+            text = self.codec.decode(rows[row][-reach:], skip_special=False) if until else ""
             return any(stop in text for stop in until)
 
         with self.assistant.autocast():
-            for drawn in generate_batch(
-                self.model, prompts, max_new, sampler=sampler, stop_ids=frozenset({self.eot_token_id}), ends=ends
-            ):
+            for drawn in generate_batch(self.model, prompts, max_new, sampler=sampler, ends=ends):
                 for row, token in zip(rows, drawn, strict=True):
                     if token is not None:
                         row.append(token)

@@ -58,6 +58,8 @@ class Job:
         """`adapter` None trains every weight. Raises ValueError for whatever the run could not be finished with."""
         if out_dir.exists() and not out_dir.is_dir():
             raise ValueError(f"--out_dir {out_dir} is a file; name a folder")
+        if adapter is None and out_dir.resolve() == checkpoint_dir.resolve():
+            raise ValueError("--out_dir is the base's own folder, which must stay as it is; name another")
         self.checkpoint_dir, self.out_dir, self.train, self.eval = checkpoint_dir, out_dir, train, eval
         self.settings, self.seed = plain(settings), int(settings["seed"])
         where, override = (self.settings.pop(name) for name in ("resume", "resume_override"))
@@ -74,6 +76,14 @@ class Job:
         if self.train_data.n_without_labels() == len(self.train_data):
             raise ValueError(
                 f"no training row has an answer within {self.max_length} tokens: raise --train.max_seq_length"
+            )
+        n_looked_at = min(len(self.val_data), eval.max_iters * train.micro_batch_size)
+        validates = eval.interval or eval.initial_validation or eval.final_validation
+        if validates and self.val_data.n_without_labels(n_looked_at) == n_looked_at:
+            raise ValueError(
+                f"none of the {n_looked_at:,} validation rows has an answer within {self.max_length} tokens: raise "
+                "--train.max_seq_length or --eval.max_iters, or switch validation off (--eval.interval 0 "
+                "--eval.final_validation false)"
             )
         self.n_steps = total_steps(len(self.train_data), train)
         self.is_first = is_first_process(settings["devices"], settings["num_nodes"])
@@ -256,9 +266,11 @@ class Job:
 
     def _sample(self, fabric: "Fabric", model: GPT, number: int) -> str:
         """The model's answer to a validation row beside the row's own; another row each time."""
-        if self.eval.max_new_tokens == 0:
+        # A set may have been prepared for a longer context, and a sample must not end a run.
+        fits = (self.val_data.prompt_lengths < self.config.block_size).nonzero().flatten().tolist()
+        if self.eval.max_new_tokens == 0 or not fits:
             return ""
-        prompt, expected = self.val_data.prompt_and_answer(number % len(self.val_data))
+        prompt, expected = self.val_data.prompt_and_answer(fits[number % len(fits)])
         model.eval()
         with fabric.autocast():
             answer = generate(model, prompt, self.eval.max_new_tokens, stop_ids=self.tokenizer.stop_ids)

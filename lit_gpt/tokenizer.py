@@ -76,12 +76,19 @@ class Tokenizer:
         self.use_bos = self.bos_id is not None and (said if isinstance(said, bool) else starts)
         self.chat_template = _chat_template(folder, settings["tokenizer_config.json"])
 
+    @property
+    def first_id(self) -> int | None:
+        """The token that the model's sequences begin with, if any."""
+        return self.bos_id if self.use_bos else None
+
     def _special(self, name: str, settings: Iterable[dict[str, Any]], numbered: Iterable[dict[str, Any]]) -> int | None:
         for source in settings:
             token = source.get(f"{name}_token")
             token = token.get("content") if isinstance(token, dict) else token
             if isinstance(token, str) and files.is_text(token) and (index := self._backend.to_id(token)) is not None:
                 return index
+            if name == "bos" and token is None and "bos_token" in source:
+                return None  # said in so many words (Qwen), whatever the model's config calls its first token
         for source in numbered:
             index = source.get(f"{name}_token_id")
             index = index[0] if isinstance(index, list) and index else index

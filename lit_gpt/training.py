@@ -195,12 +195,12 @@ def rows_without_loss(fabric: "Fabric", model: "Module", data: PreparedSet, rows
 
 
 class Diverged(ValueError):
-    """The loss of a step, or its gradient, is no finite number; `rows` of the training data are to blame."""
+    """The loss of a step, or its gradient, is no finite number; `rows` of the training data, from 0, are to blame."""
 
     def __init__(self, step: int, loss: float, grad_norm: float, rows: Sequence[int]):
         self.step, self.rows = step, rows
         what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient's norm is {grad_norm}"
-        shown = ", ".join(map(str, rows[:8])) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+        shown = ", ".join(str(row + 1) for row in rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
         super().__init__(f"step {step}: the {what}; it comes from training row{'s' * (len(rows) > 1)} {shown}")
 
 

@@ -1,6 +1,7 @@
 """Rows in, tokens and labels out; and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,18 @@ def test_data_of_another_tokenizer_is_refused(prepared: Path, stories: Path, tmp
     (tmp_path / "meta.json").write_text(json.dumps({**meta, "tokenizer": "other"}))
     with pytest.raises(ValueError, match="prepare it again"):
         data.open_prepared(tmp_path, Tokenizer(stories), 512, 512)
+
+
+def test_so_is_that_of_one_whose_texts_end_otherwise(prepared: Path, stories: Path, tmp_path: Path) -> None:
+    """A base and its chat model may share tokenizer.json, and differ in the files beside it."""
+    other = Path(shutil.copytree(stories, tmp_path / "other"))
+    settings = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<unk>"}))
+    (other / "special_tokens_map.json").unlink(missing_ok=True)
+    assert Tokenizer(other).fingerprint == Tokenizer(stories).fingerprint
+    data.open_prepared(prepared, Tokenizer(stories), 512, 512)
+    with pytest.raises(ValueError, match="begin and end with other tokens"):
+        data.open_prepared(prepared, Tokenizer(other), 512, 512)
 
 
 def test_the_template_is_alpacas() -> None:

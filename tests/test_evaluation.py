@@ -1,6 +1,7 @@
 """Our model behind lm-eval against lm-eval's own HF model, task for task, on the same weights."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,42 @@ def test_every_choices_likelihood_equals_lm_evals_own() -> None:
     for (value, greedy), (expected, also) in zip(ours, theirs, strict=True):
         assert value == pytest.approx(expected, abs=1e-4)
         assert greedy == also
+
+
+@pytest.mark.parametrize("end", ["generation_config.json", "special token"])
+def test_answers_end_where_lm_evals_own_do(end: str, tmp_path: Path) -> None:
+    """At each end of text that the folder names, and at stop strings that are special tokens."""
+    from lm_eval.api.instance import Instance
+
+    folder = Path(shutil.copytree(STORIES, tmp_path / "m"))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    dot = tokenizer["model"]["vocab"]["."]
+    if end == "special token":
+        tokenizer["added_tokens"].append({**tokenizer["added_tokens"][-1], "id": dot, "content": ".", "special": True})
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    else:
+        (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": [2, dot]}))
+    until = ["."] if end == "special token" else ["Q:"]
+    settings = {"until": until, "do_sample": False, "max_gen_toks": 40}
+    theirs, ours = (
+        model.generate_until([Instance("generate_until", {}, ("Once upon a time, there was a girl", settings), 0)])
+        for model in (
+            HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=1),
+            LitGPT(Assistant(folder, "32-true"), 1),
+        )
+    )
+    assert ours == theirs
+    assert 0 < len(ours[0]) < 60
+
+
+def test_a_model_without_a_first_token_begins_with_its_end(tmp_path: Path) -> None:
+    """A tokenizer's `null` counts more than a number in the model's config."""
+    folder = Path(shutil.copytree(STORIES, tmp_path / "m"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "bos_token": None, "add_bos_token": False}))
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    theirs = HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=1)
+    assert LitGPT(Assistant(folder, "32-true"), 1).prefix_token_id == theirs.prefix_token_id
 
 
 def test_what_answers_begin_with_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -389,7 +389,7 @@ def test_a_loss_that_is_no_number_stops_with_step_rows_and_last_checkpoint(
     args = TrainArgs(**TRAIN)
     order = list(step_rows(15, args, 1337, longest(prepared)))
     step = next(index for index, batch in enumerate(order) if {*batch} & {*bad}) + 1
-    named = ", ".join(str(row) for row in order[step - 1] if row in bad)
+    named = ", ".join(str(row + 1) for row in order[step - 1] if row in bad)
     left = f"The last good checkpoint is .*{files.state_name(step - 1)}.*--resume true --train.on_nan skip"
     message = rf"step {step}: the loss is nan; it comes from training rows? {named} of .*train.pt \(the answer begins"
     with pytest.raises(ValueError, match=message + (f".*{left}" if step > 1 else ".*Nothing had been saved")):

@@ -13,6 +13,7 @@ from twins import make_twin
 from lit_gpt import checkpoint, lora, merging, report, training
 from lit_gpt.adapter import Adapter
 from lit_gpt.args import EvalArgs, TrainArgs
+from lit_gpt.data import PreparedSet
 from lit_gpt.lora import LoRASettings
 
 # Losses of the first five steps on this data; they change only if the arithmetic, the order or the prompt does.
@@ -210,6 +211,44 @@ def test_full_finetuning_leaves_a_complete_folder(stories: Path, prepared: Path,
     assert run_script("generate/base", "--checkpoint_dir", tmp_path, *flags).stdout == f"{ROWS[4]['output']}\n"
     base, after = (dict(checkpoint.Weights.from_folder(path)) for path in (stories, tmp_path))
     assert all(not torch.equal(base[name], after[name]) for name in base)
+
+
+def test_full_finetuning_does_not_write_over_its_base(stories: Path, prepared: Path) -> None:
+    before = {file.name: file.read_bytes() for file in stories.iterdir()}
+    with pytest.raises(ValueError, match="the base's own folder"):
+        load_script("finetune/full").main(prepared, stories, stories)
+    assert {file.name: file.read_bytes() for file in stories.iterdir()} == before
+
+
+def test_a_prompt_beyond_the_models_context_is_no_sample(prepared: Path, tmp_path: Path) -> None:
+    """The set may have been prepared for a longer one: rows are cut, and a run does not end over a sample."""
+    short = Path(shutil.copytree(STORIES, tmp_path / "short"))
+    config = json.loads((short / "config.json").read_text())
+    longest = int(PreparedSet(prepared / "test.pt", mask_inputs=True, max_length=512).prompt_lengths.max())
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": longest - 1}))
+    train, eval = TrainArgs(global_batch_size=4, max_steps=4), EvalArgs(interval=1, max_new_tokens=4)
+    load_script("finetune/lora").main(prepared, short, tmp_path / "out", train=train, eval=eval)
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["val_loss"] > 0
+
+
+def test_a_validation_loss_of_nothing_is_refused(stories: Path, prepared: Path, tmp_path: Path) -> None:
+    """It was 0, which no later one could be better than."""
+    prompts = PreparedSet(prepared / "test.pt", mask_inputs=True, max_length=512).prompt_lengths
+    rows = PreparedSet(prepared / "train.pt", mask_inputs=True, max_length=512)
+    least = int(rows.prompt_lengths.min()) + 2
+    args = {"train": TrainArgs(global_batch_size=4, max_steps=1, max_seq_length=least), "precision": "32-true"}
+    assert least < int(prompts.min()) + 2
+    with pytest.raises(ValueError, match="none of the 3 validation rows has an answer"):
+        load_script("finetune/lora").main(prepared, stories, tmp_path / "out", **args)
+    nothing = EvalArgs(interval=0, final_validation=False, max_new_tokens=0)
+    load_script("finetune/lora").main(prepared, stories, tmp_path / "out", **args, eval=nothing)
+
+
+def test_a_flags_mistake_is_not_the_config_files(tuned: Path) -> None:
+    flags = ("--config", tuned / "hyperparameters.yaml", "--train.epochs", 0)
+    done = run_script("finetune/lora", *flags, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: --train.epochs must be at least 1, not 0 (flags were read from ")
 
 
 def test_the_saved_hyperparameters_are_a_config(tuned: Path, tmp_path: Path) -> None:
