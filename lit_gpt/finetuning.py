@@ -267,10 +267,10 @@ class Job:
     def _sample(self, fabric: "Fabric", model: GPT, number: int) -> str:
         """The model's answer to a validation row beside the row's own; another row each time."""
         # A set may have been prepared for a longer context, and a sample must not end a run.
-        fits = (self.val_data.prompt_lengths < self.config.block_size).nonzero().flatten().tolist()
-        if self.eval.max_new_tokens == 0 or not fits:
+        fits = (self.val_data.prompt_lengths < self.config.block_size).nonzero()[:, 0]
+        if self.eval.max_new_tokens == 0 or not len(fits):
             return ""
-        prompt, expected = self.val_data.prompt_and_answer(fits[number % len(fits)])
+        prompt, expected = self.val_data.prompt_and_answer(int(fits[number % len(fits)]))
         model.eval()
         with fabric.autocast():
             answer = generate(model, prompt, self.eval.max_new_tokens, stop_ids=self.tokenizer.stop_ids)

@@ -131,7 +131,7 @@ class Setting:
     n_skipped: int = 0  # numbers of linear layers that are in full, though `quantize` is of their kind
 
     def __post_init__(self) -> None:
-        if not self.rows or min(self.rows) < 2:
+        if max(self.rows, default=0) < 2:
             raise ValueError("there is nothing to plan: the micro-batch size must be at least 1, the length 2")
 
 
@@ -157,8 +157,8 @@ def _counted(config: Config, setting: Setting, dtype: torch.dtype) -> Iterator[t
             checkpoint.place(model, name, torch.empty(meta.shape), dtype, setting.precision.trained, "cpu")
         for linear in linears:
             if isinstance(linear, quantization.QuantizedLinear):
-                for leaf, (shape, dtype) in linear.layout().items():
-                    linear.load(leaf, torch.empty(shape, dtype=dtype))
+                for leaf, (shape, kept) in linear.layout().items():
+                    linear.load(leaf, torch.empty(shape, dtype=kept))
         model.tie()
         ledger.peak.clear()
         yield model, ledger

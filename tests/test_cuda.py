@@ -128,9 +128,8 @@ def test_a_folder_in_4_bits_answers_as_on_the_cpu(kind: str, tmp_path: Path) -> 
     for device in (GPU, "cpu"):
         model = checkpoint.load_model(tmp_path / "m", torch.float32, device=device).eval()
         with torch.no_grad():
-            logits.append(
-                [model(some.to(device)).cpu() for some in (tokens, tokens[:, :1])]
-            )  # one token: another kernel
+            # One token is another kernel's.
+            logits.append([model(some.to(device)).cpu() for some in (tokens, tokens[:, :1])])
     for mine, expected in zip(*logits, strict=True):
         torch.testing.assert_close(mine, expected, atol=1e-3, rtol=1e-3)
 
