@@ -48,7 +48,10 @@ def main(
         if not question:
             return
         print(">> Reply: ", end="", file=sys.stderr, flush=True)
-        assistant.print_answer(style(question, ""), max_new_tokens, sampler)
+        try:
+            assistant.print_answer(style(question, ""), max_new_tokens, sampler)
+        except ValueError as error:  # a question beyond the context: the next may be shorter
+            print(f"error: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_gpt import checkpoint, files, quantization
+from lit_gpt import checkpoint, files, quantization, sources
 from lit_gpt.config import Config
 from lit_gpt.data import open_prepared
 from lit_gpt.interop import bnb
@@ -267,8 +267,7 @@ def write(
     kept, _ = checkpoint.kept_kind(source_dir)
     if kept:
         raise ValueError(f"{source_dir} is in 4 bits already ({kept}); take the full weights that it was made from")
-    if folder.is_file() or any(list(folder.glob(pattern)) for pattern, _ in files.WEIGHTS):
-        raise ValueError(f"--out_dir {folder} holds weights, and adapters may need them; name a new folder")
+    sources.refuse_if_weights(folder, "--out_dir")
     weights = checkpoint.Weights.from_folder(source_dir)
     skipped = named(weights.config, kind, skip)
     folder.mkdir(parents=True, exist_ok=True)  # fails now, not after minutes

@@ -16,10 +16,10 @@ from lit_gpt import files, quantization, surgery
 from lit_gpt.config import Config
 from lit_gpt.families import FAMILIES, read_hf_config
 from lit_gpt.families.table import PLAIN, Step
-from lit_gpt.files import FolderSource, TensorSource
 from lit_gpt.interop import bnb
 from lit_gpt.model import GPT, NORMS
 from lit_gpt.quantization import Linear4bit, QuantizedLinear
+from lit_gpt.sources import FolderSource, TensorSource
 
 
 def save_config(folder: Path, config: Config) -> None:

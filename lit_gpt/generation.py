@@ -90,6 +90,8 @@ def generate_batch(
     stopped are no longer computed. Raises ValueError for an empty prompt, or one that fills the model's context.
     """
     block_size, longest = model.config.block_size, max(len(prompt) for prompt in prompts)
+    if max_new_tokens < 1:
+        raise ValueError(f"--max_new_tokens must be at least 1, not {max_new_tokens}")
     if not all(prompts):
         raise ValueError("the prompt is empty")
     if longest >= block_size:
@@ -110,12 +112,15 @@ def generate_batch(
         alive = [place for place in alive if not ends(running[place], drawn[place])]
         if not alive or produced == max_new_tokens:
             return
+        before = max(cache.lengths)
         if len(alive) < len(running):
             cache.select(alive)
             running, drawn = [running[place] for place in alive], [drawn[place] for place in alive]
         for row, token in zip(running, drawn, strict=True):
             rows[row].append(token)
-        if max(cache.lengths) == model.config.rotation_change:  # what is cached was rotated for shorter texts
+        change = model.config.rotation_change
+        if change is not None and (before > change) != (max(cache.lengths) + 1 > change):
+            # What is cached was rotated for shorter texts, or for a longer one that has ended.
             cache = KVCache(model.config.n_layer, len(running), cache.capacity)
             logits = prefill(model, [rows[row] for row in running], cache, device)
             continue

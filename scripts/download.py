@@ -9,7 +9,7 @@ from lit_gpt.cli import run
 
 def main(
     repo_id: str | None = None,
-    access_token: str | None = os.getenv("HF_TOKEN"),
+    access_token: str | None = None,
     tokenizer_only: bool = False,
     checkpoint_dir: Path = Path("checkpoints"),
     revision: str | None = None,
@@ -40,7 +40,8 @@ def main(
         print(f"wrote {path}")
         print(f"next: python scripts/convert_gguf_checkpoint.py --gguf_path {path} --checkpoint_dir {folder}")
         return
-    download.from_hub(repo_id, folder, token=access_token, revision=revision, tokenizer_only=tokenizer_only)
+    token = access_token or os.getenv("HF_TOKEN")  # no default above: --help would print it
+    download.from_hub(repo_id, folder, token=token, revision=revision, tokenizer_only=tokenizer_only)
     print(f"wrote {folder}\nnext: python scripts/convert_hf_checkpoint.py --checkpoint_dir {folder}")
 
 

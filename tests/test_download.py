@@ -165,6 +165,15 @@ def test_a_damaged_file_is_not_kept_and_fetched_again(hub: Hub, tmp_path: Path, 
     assert checkpoint.fingerprint(tmp_path / REPO) == checkpoint.fingerprint(STORIES)
 
 
+def test_a_token_is_not_shown() -> None:
+    for flag in ("--help", "--print_config"):
+        command = [sys.executable, "scripts/download.py", flag]
+        environment = {**os.environ, "HF_TOKEN": "hf_secret"}
+        told = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+        assert "access_token" in told
+        assert "hf_secret" not in told
+
+
 @pytest.mark.slow
 def test_without_a_network_one_line_says_so(tmp_path: Path) -> None:
     for variables in ({"HF_HUB_OFFLINE": "1"}, {}):

@@ -11,7 +11,7 @@ from twins import TWINS, make_twin
 from lit_gpt import checkpoint
 from lit_gpt.config import Config
 from lit_gpt.families import FAMILIES, preset_names
-from lit_gpt.files import FolderSource
+from lit_gpt.sources import FolderSource
 
 
 def converted(name: str, folder: Path) -> torch.nn.Module:
@@ -48,6 +48,28 @@ def test_transformers_loads_what_we_write_and_it_comes_back_the_same(name: str, 
     mine, again = (checkpoint.load_config(tmp_path / name) for name in ("ours", "hf"))
     mine.name = again.name = ""
     assert mine == again
+
+
+@pytest.mark.parametrize("beside", ["model.safetensors", "model.safetensors.index.json", "lit_model.pth"])
+def test_a_folder_with_weights_is_not_written_to(beside: str, stories: Path, tmp_path: Path) -> None:
+    """Readers would take one model's weights or the other's, beside one tokenizer."""
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / beside).write_bytes(b"")
+    flags = ("--checkpoint_path", stories, "--output_path", tmp_path / "hf")
+    assert "holds weights" in run_script("scripts/convert_lit_checkpoint", *flags, check=False).stderr
+    assert [file.name for file in (tmp_path / "hf").iterdir()] == [beside]
+
+
+@pytest.mark.parametrize("scaling", [{"rope_type": "linear", "factor": 2.0}, {"rope_type": "yarn", "factor": 2.0}])
+def test_phi3_is_written_whatever_scales_its_rotation(scaling: dict, tmp_path: Path) -> None:
+    make_twin("phi3", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["original_max_position_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps({**config, "rope_scaling": scaling, "rope_parameters": None}))
+    read = checkpoint.load_config(tmp_path)
+    written = FAMILIES["phi3"].write(read)
+    assert read.rope_scaling
+    assert FAMILIES["phi3"].read(written).rope_scaling == read.rope_scaling
 
 
 def test_the_script_writes_a_complete_folder(stories: Path, tmp_path: Path) -> None:

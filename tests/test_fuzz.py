@@ -30,7 +30,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from safetensors.torch import load_file, save_file
 from test_gguf import write_gguf
 
-from lit_gpt import checkpoint, cli, data, files, lora
+from lit_gpt import checkpoint, cli, data, files, lora, sources
 from lit_gpt.adapter import Adapter
 from lit_gpt.args import EvalArgs, TrainArgs
 from lit_gpt.config import Config
@@ -176,8 +176,8 @@ READERS = {
     "lit config": Reader(tiny_folder, files.LIT_CONFIG, lambda f: checkpoint.Weights.from_folder(f)),
     "lit model": Reader(tiny_folder, files.LIT_MODEL, lambda f: checkpoint.load_model(f, torch.float32), "pickle"),
     "config": Reader(hf_folder, files.HF_CONFIG, checkpoint.load_config),
-    "index": Reader(hf_folder, "model.safetensors.index.json", files.FolderSource),
-    "safetensors": Reader(hf_folder, "m-1.safetensors", files.FolderSource, "safetensors"),
+    "index": Reader(hf_folder, "model.safetensors.index.json", sources.FolderSource),
+    "safetensors": Reader(hf_folder, "m-1.safetensors", sources.FolderSource, "safetensors"),
     "tokenizer": Reader(hf_folder, "tokenizer.json", read_tokenizer),
     "tokenizer config": Reader(hf_folder, "tokenizer_config.json", read_tokenizer),
     "generation config": Reader(hf_folder, "generation_config.json", read_tokenizer),

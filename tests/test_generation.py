@@ -21,6 +21,25 @@ def sampler(**how: float | int | None) -> Sampler:
     return Sampler(**{"temperature": 1.0, "top_k": None, **how}, generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
 
 
+def test_a_row_goes_on_as_its_own_text_when_a_longer_one_has_ended(tmp_path: Path) -> None:
+    """LongRoPE rotates all of a text of up to 32 tokens otherwise; what is cached must be rotated alike."""
+    make_twin("phi3-longrope", tmp_path)
+    model = checkpoint.load_model(tmp_path, torch.float32).eval()
+    torch.manual_seed(0)
+    for _ in range(5):
+        long, short = (torch.randint(1, 101, (n,)).tolist() for n in (40, 6))
+        steps = list(generate_batch(model, [long, short], 12, ends=lambda row, token: row == 0))
+        first, *others = [step[1] for step in steps]
+        assert all(step[0] is None for step in steps[1:])
+        assert others == [step[0] for step in generate_batch(model, [[*short, first]], 11)]
+
+
+def test_no_tokens_are_no_answer(tmp_path: Path) -> None:
+    make_twin("llama", tmp_path)
+    with pytest.raises(ValueError, match="--max_new_tokens must be at least 1, not -3"):
+        list(generate_batch(checkpoint.load_model(tmp_path, torch.float32), [[1, 2]], -3))
+
+
 def test_frequencies_are_the_probabilities() -> None:
     first, second = drawn(sampler())
     assert first == pytest.approx({0: 0.5, 1: 0.25, 2: 0.15, 3: 0.1}, abs=0.03)

@@ -17,7 +17,7 @@ PACKAGE = sorted((ROOT / "lit_gpt").rglob("*.py"))
 MAY_IMPORT = {  # what a room may import of the package; those not named see everything
     "args": set(),
     "attention": {"ops", "products"},
-    "bnb": {"files", "quantization"},
+    "bnb": {"quantization", "sources"},
     "cache": set(),
     "cli": {"runtime"},
     "config": {"families", "files"},  # families inside from_name only
@@ -31,6 +31,7 @@ MAY_IMPORT = {  # what a room may import of the package; those not named see eve
     "rope": set(),
     "runtime": {"attention", "model"},  # model for the type checker only; attention is what torch's compiler leaves out
     "quantization": {"products"},
+    "sources": {"files"},
     "surgery": set(),
     "words": set(),
     "workers": set(),

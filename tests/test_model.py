@@ -9,9 +9,9 @@ from twins import TWINS, make_twin
 from lit_gpt import checkpoint
 from lit_gpt.attention import Layout
 from lit_gpt.cache import KVCache
-from lit_gpt.files import FolderSource
 from lit_gpt.generation import generate, generate_batch
 from lit_gpt.model import IGNORE_INDEX
+from lit_gpt.sources import FolderSource
 
 
 @pytest.mark.parametrize("name", TWINS)

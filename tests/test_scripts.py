@@ -1,6 +1,7 @@
 """The real scripts, as a user runs them, on a real small model."""
 
 import csv
+import io
 import json
 import shutil
 from pathlib import Path
@@ -211,6 +212,16 @@ def test_full_finetuning_leaves_a_complete_folder(stories: Path, prepared: Path,
     assert run_script("generate/base", "--checkpoint_dir", tmp_path, *flags).stdout == f"{ROWS[4]['output']}\n"
     base, after = (dict(checkpoint.Weights.from_folder(path)) for path in (stories, tmp_path))
     assert all(not torch.equal(base[name], after[name]) for name in base)
+
+
+def test_a_question_beyond_the_context_does_not_end_a_chat(
+    stories: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{'word ' * 600}\nOnce upon a time\n\n"))
+    load_script("generate/chat").main(checkpoint_dir=stories, max_new_tokens=5, precision="32-true")
+    told = capsys.readouterr()
+    assert "error: the prompt has" in told.err
+    assert told.out.strip()
 
 
 def test_full_finetuning_does_not_write_over_its_base(stories: Path, prepared: Path) -> None:

@@ -25,9 +25,9 @@ from test_gguf import write_gguf
 from lit_gpt import checkpoint, cli, data, files, lora, merging, resume
 from lit_gpt.adapter import Adapter
 from lit_gpt.config import ROPE_NEEDS, Activation, Config
-from lit_gpt.files import FolderSource
 from lit_gpt.interop.gguf import open_gguf
 from lit_gpt.lora import LoRASettings
+from lit_gpt.sources import FolderSource
 from lit_gpt.tokenizer import Tokenizer
 
 GIB = 2**30

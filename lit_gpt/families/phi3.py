@@ -23,8 +23,8 @@ def read(hf: HFConfig) -> Config:
 def write(config: Config) -> HFConfig:
     hf = {**llama.write(config), "model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}
     hf |= {"sliding_window": config.sliding_window, "partial_rotary_factor": config.rotary_percentage}
-    if config.rope_scaling:
-        hf["original_max_position_embeddings"] = config.rope_scaling["original_max_position_embeddings"]
+    if original := (config.rope_scaling or {}).get("original_max_position_embeddings"):  # linear has none
+        hf["original_max_position_embeddings"] = original
     return hf
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from lit_gpt import quantization
-from lit_gpt.files import TensorSource
 from lit_gpt.quantization import Linear4bit
+from lit_gpt.sources import TensorSource
 
 STATE = ".quant_state.bitsandbytes__"  # between a weight's name and its levels, in the name of its description
 MOST_BYTES = 1 << 16  # of a description, which is a line of JSON

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lit_gpt import checkpoint, files
+from lit_gpt import checkpoint, files, sources
 from lit_gpt.checkpoint import Weights
 from lit_gpt.config import Config
 from lit_gpt.families import FAMILIES
@@ -24,14 +24,18 @@ def export(
 ) -> int:
     """Write the converted, merged or fine-tuned model of `folder` as HF files; returns the number of weight files.
 
-    Names and layouts go back through the rows that brought them in. No more than one shard is in memory.
+    Names and layouts go back through the rows that brought them in. No more than one shard is in memory. Raises
+    ValueError for an `out_dir` that holds weights already: readers might take those.
     """
     from safetensors.torch import save_file
 
     source = checkpoint.open_folder(folder)
     if not source.is_lit:
         raise ValueError(f"{folder} holds no {files.LIT_MODEL}: it is an HF folder already")
+    sources.refuse_if_weights(out_dir, "--output_path")
     weights = Weights(source, checkpoint.load_config(folder))
+    dtype = str(next(iter(weights.metas.values())).dtype).removeprefix("torch.")
+    hf_config = hf_config_of(weights.config, folder) | {"torch_dtype": dtype}  # fails now, not after minutes
     total, done = sum(meta.nbytes for meta in weights.metas.values()), 0
 
     def read(name: str) -> torch.Tensor:  # 4-bit weights come in float32
@@ -71,8 +75,6 @@ def export(
         index = {"metadata": {"total_size": done}, "weight_map": {name: final[n] for name, n in names.items()}}
         files.save_text(out_dir / INDEX, json.dumps(index, indent=2) + "\n")
     files.copy_companions(folder, out_dir)
-    dtype = str(next(iter(weights.metas.values())).dtype).removeprefix("torch.")
-    hf_config = hf_config_of(weights.config, folder) | {"torch_dtype": dtype}
     files.save_text(out_dir / files.HF_CONFIG, json.dumps(hf_config, indent=2) + "\n")
     return len(written)
 
